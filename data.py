@@ -1,0 +1,260 @@
+"""
+The Well's HDF5 files as windows of named channels, for pretraining and probing.
+
+    <data dir>/<system>/data/{train,valid,test}/*.hdf5    what The Well ships and simulate.py writes
+
+Opening a split builds a cache once: every trajectory cropped and resized as the paper does, channels
+first, in one flat file of float32 that is memory-mapped afterwards (nanoGPT's .bin). A window is then
+a slice of it. The cache is named after the files' contents and the settings, so changing either makes
+a new one.
+"""
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import simulate
+
+FRAMES = 16                 # of context, and as many of target
+WINDOW = 2 * FRAMES
+
+
+@dataclass
+class System:
+    """What the paper does with one of The Well's systems before the encoder sees it."""
+    crop: tuple             # slices of (x, y) kept of the file's grid, before resizing
+    stride: int             # frames between window starts
+    noise: float            # std of the Gaussian noise on the input fields
+    periodic: tuple         # is (x, y) periodic, and so shift invariant?
+    lr: float
+    log_labels: tuple = ()  # labels taken in log10
+
+
+SYSTEMS = {
+    'active_matter': System(crop=(slice(None), slice(None)), stride=1, noise=1.0, periodic=(True, True), lr=1e-3),
+}
+
+
+def find_dataset(name, data_dir, build=False):
+    """(folder, System, preset it was simulated with or None) of a system's dataset.
+
+    With `build`, a dataset that is missing is simulated (the nano preset), and a half-simulated one finished.
+    Raises ValueError for an unknown system or a folder without data.
+    """
+    if name not in SYSTEMS:
+        raise ValueError(f'unknown system {name!r}: choose from {", ".join(SYSTEMS)}')
+    root = Path(data_dir) / name
+    note = root / 'simulated.json'
+    if build and not any(root.glob('data/*/*.h*5')):
+        print(f'No {name} dataset in {data_dir}: simulating a small one (python simulate.py --help).', flush=True)
+        simulate.make_dataset(name, data_dir)
+    elif build and note.exists():
+        simulate.make_dataset(name, data_dir, **{k: json.loads(note.read_text())[k] for k in ('preset', 'seed')})
+    return root, SYSTEMS[name], json.loads(note.read_text())['preset'] if note.exists() else None
+
+
+# ---------------------------------------------------------------------------------------------
+# one HDF5 file
+
+def read_file(path):
+    """(h5py.File, {channel name: (dataset, component index)}, {scalar: value}, (trajectories, frames, nx, ny)).
+
+    Channels in the file's order: t0, t1, t2 fields, alphabetical inside a group, components last index
+    fastest, named like The Well's metadata (velocity_x, D_xy). Raises ValueError naming the file.
+    """
+    try:
+        f = h5py.File(path, 'r')
+    except OSError as e:
+        raise ValueError(f'{path} is not a readable HDF5 file ({e}): download or simulate it again') from None
+    for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
+        if group not in f:
+            raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
+    axes = [a if isinstance(a, str) else a.decode() for a in f['dimensions'].attrs['spatial_dims']]
+    channels = {}
+    for order in range(3):
+        for name in sorted(f[f't{order}_fields']):
+            d = f[f't{order}_fields'][name]
+            for index in np.ndindex(*d.shape[4:]):
+                channels['_'.join([name, ''.join(axes[i] for i in index)]) if index else name] = (d, index)
+    if not channels:
+        raise ValueError(f'{path} has no fields')
+    shape = next(iter(channels.values()))[0].shape[:4]
+    for name, (d, _) in channels.items():
+        if d.shape[:4] != shape or len(shape) != 4:
+            raise ValueError(f'{path}: field {name} has shape {d.shape}, expected {shape} (trajectories, frames, x, y)')
+    scalars = {name: float(np.asarray(d).ravel()[0]) for name, d in f['scalars'].items()}
+    return f, channels, scalars, shape
+
+
+def content_key(files):
+    """Hash of the files' names, sizes, times and sixteen blocks of each: cheap, and new whenever one is rewritten."""
+    h = hashlib.sha256()
+    for path in files:
+        s = path.stat()
+        h.update(f'{path.name} {s.st_size} {s.st_mtime_ns}'.encode())
+        with open(path, 'rb') as f:
+            for i in range(16):
+                f.seek(i * s.st_size // 16)
+                h.update(f.read(4096))
+    return h.hexdigest()[:12]
+
+
+def build_cache(files, system, resolution, path, progress=True):
+    """Write <path>.bin, float32 (runs, channels, frames, H, W), and <path>.json that describes it; atomically.
+
+    Raises ValueError for files that disagree, are too short, or hold NaN or infinity.
+    """
+    f, channels, _, (_, T, nx, ny) = read_file(files[0])
+    f.close()
+    H, W = (len(range(n)[s]) for n, s in zip((nx, ny), system.crop))
+    if resolution:
+        H = W = resolution
+    if T < WINDOW:
+        raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
+    meta = {'channels': list(channels), 'shape': None, 'runs': []}
+    count, total, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
+    part = path.with_suffix('.bin.part')
+    with open(part, 'wb') as out:
+        for file in tqdm(files, desc=f'caching {path.name}', unit='file', disable=not progress):
+            f, file_channels, scalars, shape = read_file(file)
+            if list(file_channels) != list(channels) or shape[1:] != (T, nx, ny):
+                raise ValueError(f'{file} has other channels or another shape than {files[0]}')
+            for trajectory in range(shape[0]):
+                for c, (name, (d, index)) in enumerate(file_channels.items()):
+                    try:
+                        x = d[(trajectory, slice(None), *system.crop, *index)]           # (T, nx, ny)
+                    except OSError as e:
+                        raise ValueError(f'{file}: {name} cannot be read ({e})') from None
+                    if not np.isfinite(x).all():
+                        raise ValueError(f'{file}: {name} of trajectory {trajectory} has NaN or infinite values')
+                    x = torch.as_tensor(x, dtype=torch.float32)
+                    if x.shape[1:] != (H, W):
+                        x = F.interpolate(x[None], size=(H, W), mode='bilinear', align_corners=False)[0]
+                    x = x.numpy()
+                    total[c] += x.sum(dtype=np.float64)
+                    squares[c] += np.square(x, dtype=np.float64).sum()
+                    out.write(x.tobytes())
+                meta['runs'].append({'file': file.name, 'trajectory': trajectory, 'scalars': scalars})
+                count += T * H * W
+            f.close()
+    meta['shape'] = [len(meta['runs']), len(channels), T, H, W]
+    mean = total / count
+    meta['mean'], meta['std'] = mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()
+    os.replace(part, path.with_suffix('.bin'))
+    part = path.with_suffix('.json.part')
+    part.write_text(json.dumps(meta))
+    os.replace(part, path.with_suffix('.json'))
+
+
+# ---------------------------------------------------------------------------------------------
+# a split
+
+class Split:
+    """One split of one system, behind its cache.
+
+    fields: memory map (runs, channels, frames, H, W) float32; channels: names; mean, std: (channels,)
+    of this split; scalars: {name: (runs,) array}; windows: (n, 2) array of (run, first frame).
+    resolution: side the fields are resized to (0 keeps the file's). stride: frames between window starts.
+    """
+
+    def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=True):
+        folder = Path(root) / 'data' / split
+        files = sorted(folder.glob('*.h*5'))
+        if not files:
+            raise ValueError(f"no HDF5 files in {folder}: point --data-dir at a folder in The Well's layout")
+        cache_dir = Path(cache_dir or Path(root) / 'cache')
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        settings = f'{split}-{resolution or "full"}'
+        path = cache_dir / f'{settings}-{content_key(files)}'
+        if not path.with_suffix('.json').exists():
+            build_cache(files, system, resolution, path, progress)
+            for old in cache_dir.glob(f'{settings}-*'):                  # same settings, older contents
+                if old.stem != path.name:
+                    old.unlink()
+        meta = json.loads(path.with_suffix('.json').read_text())
+        self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
+        self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
+        self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'r', shape=tuple(meta['shape']))
+        names = self.runs[0]['scalars']
+        self.scalars = {n: np.array([r['scalars'][n] for r in self.runs]) for n in names}
+        starts = range(0, self.fields.shape[2] - WINDOW + 1, stride)
+        self.windows = np.array([(r, t) for r in range(len(self.runs)) for t in starts])
+
+    def labels(self, names):
+        """(runs, len(names)) float64; log10 where the system says so."""
+        columns = [np.log10(self.scalars[n]) if n in self.system.log_labels else self.scalars[n] for n in names]
+        return np.stack(columns, 1)
+
+    def varying(self):
+        """Names of the scalars that vary over the runs: the labels."""
+        return [n for n, v in self.scalars.items() if np.ptp(v) > 0]
+
+    def normalization(self, normalize):
+        """(mean, std) by channel that fields are to be z-scored with; (0, 1) if not `normalize`.
+
+        A channel that hardly varies (the concentration) is not blown up: std is at least 1e-3.
+        """
+        return (self.mean, np.maximum(self.std, 1e-3)) if normalize else (0 * self.mean, 0 * self.std + 1)
+
+    def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
+        """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units.
+
+        crop: side of a square cut at a random place (0: the whole field). augment: a random shift along
+        the periodic axes and a random symmetry of the square. seeds: one per window, for both.
+        """
+        R, C, T, H, W = self.fields.shape
+        h, w = (crop, crop) if crop else (H, W)
+        out = np.empty((len(windows), C, frames, h, w), np.float32)
+        for i, (run, t) in enumerate(windows):
+            x0, y0, element = 0, 0, 0
+            if crop or augment:
+                rng = np.random.default_rng(seeds[i])
+                shifts = [p and augment for p in self.system.periodic]   # across the edge only as an augmentation
+                x0, y0 = (rng.integers(n if s else n - k + 1) for n, k, s in zip((H, W), (h, w), shifts))
+                element = rng.integers(8) if augment else 0
+            wrapped_copy(self.fields[run, :, t:t + frames], x0, y0, out[i])
+            if element:
+                out[i] = transform(out[i], self.channels, element)
+        return torch.from_numpy(out)
+
+
+def wrapped_copy(field, x0, y0, out):
+    """out (..., h, w) = field (..., H, W) from (x0, y0) on, periodically continued."""
+    (H, W), (h, w) = field.shape[-2:], out.shape[-2:]
+    nx, ny = min(h, H - x0), min(w, W - y0)                              # before the edge; the rest wraps
+    out[..., :nx, :ny] = field[..., x0:x0 + nx, y0:y0 + ny]
+    out[..., nx:, :ny] = field[..., :h - nx, y0:y0 + ny]
+    out[..., :nx, ny:] = field[..., x0:x0 + nx, :w - ny]
+    out[..., nx:, ny:] = field[..., :h - nx, :w - ny]
+
+
+def transform(fields, channels, element):
+    """One of the eight symmetries of the square: fields (C, T, n, n) -> same, components transformed too.
+
+    element = flip + 2 * turns: x -> -x if flip, then `turns` quarter turns x -> y, y -> -x. Positions
+    and components move together: v'(Rx) = R v(x), D'(Rx) = R D(x) R^T, component by component.
+    """
+    flip, turns = element % 2, element // 2
+    axis = {'x': ('x', -1 if flip else 1), 'y': ('y', 1)}                # component -> (source component, sign)
+    if flip:
+        fields = fields[..., ::-1, :]
+    for _ in range(turns):
+        fields = np.rot90(fields, axes=(-2, -1))                         # new (x, y) = old (y, -x): x -> -y, y -> x
+        axis = {'x': (axis['y'][0], -axis['y'][1]), 'y': axis['x']}
+    out = np.empty(fields.shape, fields.dtype)
+    for c, name in enumerate(channels):
+        base, _, component = name.rpartition('_')
+        if base and set(component) <= {'x', 'y'}:
+            source = base + '_' + ''.join(axis[a][0] for a in component)
+            sign = np.prod([axis[a][1] for a in component])
+        else:
+            source, sign = name, 1
+        np.multiply(fields[channels.index(source)], sign, out=out[c])
+    return out

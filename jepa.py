@@ -1,0 +1,172 @@
+"""
+JEPA for physics: predict the embedding of the next 16 frames from the embedding of these 16.
+
+    context (B, C, 16, H, W) --encoder--> z  --predictor--> p   \
+                                                                  VICReg(p, z')
+    target  (B, C, 16, H, W) --encoder-----------------------> z' /
+
+One encoder, a 3-D ConvNeXt that halves time, height and width four times, and a small convolutional
+predictor, trained together (arXiv 2603.13227). Nothing is reconstructed: what the loss keeps of the
+fields is what helps to say where the embedding goes next. Module names are the official code's, so
+its checkpoints load as they are.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from vicreg import vicreg_loss_maps
+
+
+class DepthwiseConv3d(nn.Conv3d):
+    """Depthwise 7x7x7 convolution, 'same' padding, (B, C, T, H, W) -> same shape.
+
+    Equal to nn.Conv3d(C, C, 7, padding=3, groups=C), parameters included, but computed as one grouped
+    2-D convolution: time is folded into channels, and each field channel gets a T x T block of 7 x 7
+    kernels, W[t_out, t_in] = w[t_in - t_out + 3], zero where that is outside 0..6. The backward pass
+    of PyTorch's depthwise Conv3d is what makes this worth it: see `python bench.py`.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        w = F.pad(self.weight[:, 0], (0, 0, 0, 0, T - 4, T - 4))         # (C, 2T-1, 7, 7): offsets -(T-1)..T-1
+        w = torch.stack([w[:, T - 1 - t:2 * T - 1 - t] for t in range(T)], 1)     # (C, T_out, T_in, 7, 7)
+        x = x.reshape(B, C * T, H, W)
+        x = F.conv2d(x, w.reshape(C * T, T, 7, 7), self.bias.repeat_interleave(T), padding=3, groups=C)
+        return x.view(B, C, T, H, W)
+
+
+class Stem(nn.Conv3d):
+    """Per-frame 4x4 convolution, 'same' size: an even kernel pads one before and two after.
+
+    Computed as a 2-D convolution of B*T images, in channels-last memory, which all later layers keep.
+    """
+
+    def __init__(self, channels, dim):
+        super().__init__(channels, dim, kernel_size=(1, 4, 4))
+
+    def forward(self, x):                                                # (B, C, T, H, W) -> (B, dim, T, H, W)
+        B, C, T, H, W = x.shape
+        x = x.transpose(1, 2).reshape(B * T, C, H, W).contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(F.pad(x, (1, 2, 1, 2)), self.weight[:, :, 0], self.bias)
+        return x.view(B, T, -1, H, W).transpose(1, 2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, T, H, W) or (B, C, H, W)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Block(nn.Module):
+    """ConvNeXt block in 3-D (or 2-D): depthwise 7^d, LayerNorm, Linear x4, GELU, Linear, layer scale, residual."""
+
+    def __init__(self, dim, dims=3, layer_scale=1e-6):
+        super().__init__()
+        self.conv = DepthwiseConv3d(dim) if dims == 3 else nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+
+    def forward(self, x):                                                # (B, C, ...)
+        y = self.conv(x).movedim(1, -1)                                  # (B, ..., C)
+        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
+        return x + (self.gamma * y).movedim(-1, 1)                       # (B, C, ...)
+
+
+class Encoder(nn.Module):
+    """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding. H, W divisible by 16.
+
+    A stem, then a stage of residual blocks at each width with a halving of T, H and W between them;
+    after four halvings T is 1 and the last stage is two-dimensional. The defaults are the paper's.
+    Raises ValueError for other numbers of frames or indivisible resolutions.
+    """
+
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
+        super().__init__()
+        if len(widths) != 5 or len(blocks) != 5:
+            raise ValueError('the encoder has five stages: give five widths and five block counts')
+        self.dim = widths[-1]
+        stem = nn.Sequential(Stem(channels, widths[0]), ChannelNorm(widths[0]))
+        self.downsample_layers = nn.ModuleList([stem] + [
+            nn.Sequential(ChannelNorm(a), nn.Conv3d(a, b, kernel_size=2, stride=2))
+            for a, b in zip(widths, widths[1:])])
+        self.res_blocks = nn.ModuleList([
+            nn.Sequential(*[Block(w, 3 if i < 4 else 2, layer_scale) for _ in range(n)])
+            for i, (w, n) in enumerate(zip(widths, blocks))])
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        if T != 16 or H % 16 or W % 16:
+            raise ValueError(f'the encoder halves time and space four times: it needs 16 frames and a resolution '
+                             f'divisible by 16, not {T} frames of {H} x {W}')
+        for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.res_blocks)):
+            x = downsample(x)                                            # (B, widths[i], 16/2^i, H/2^i, W/2^i)
+            if i == 4:
+                x = x.squeeze(2)                                         # (B, widths[4], H/16, W/16)
+            x = blocks(x)
+        return x
+
+
+class Predictor(nn.Module):
+    """(B, D, h, w) context embedding -> (B, D, h, w) predicted target embedding."""
+
+    def __init__(self, dim, layer_scale=1e-6):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(dim, 2 * dim, kernel_size=2, padding=1),           # (B, 2D, h+1, w+1)
+            Block(2 * dim, 2, layer_scale),
+            nn.Conv2d(2 * dim, dim, kernel_size=2))                      # (B, D, h, w)
+
+    def forward(self, z):
+        return self.conv(z)
+
+
+class JEPA(nn.Module):
+    """Encoder, predictor and loss. forward(context, target) -> {'loss', 'sim', 'std', 'cov'}.
+
+    context, target: (B, channels, 16, H, W), consecutive in time. `generator` draws the loss's chunks.
+    The last target embedding is kept, detached, in `self.embedding` for the log.
+    """
+
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6,
+                 sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5):
+        super().__init__()
+        self.encoder = Encoder(channels, widths, blocks, layer_scale)
+        self.predictor = Predictor(widths[-1], layer_scale)
+        self.loss_settings = dict(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, chunks=chunks)
+
+    def forward(self, context, target, generator=None):
+        z, z_next = self.encoder(torch.cat([context, target])).chunk(2)  # (B, D, h, w) each
+        p = self.predictor(z)                                            # (B, D, h, w)
+        self.embedding = z_next.detach()
+        with torch.autocast(p.device.type, enabled=False):               # statistics in full precision
+            return vicreg_loss_maps(p, z_next, generator=generator, **self.loss_settings)
+
+    @torch.no_grad()
+    def embed(self, x):
+        """Frozen embedding for the probes: (B, channels, 16, H, W) -> tokens (B, N = H/16 * W/16, D)."""
+        return self.encoder(x).flatten(2).transpose(1, 2)
+
+
+def load_official(model, path):
+    """Load an official ConvEncoder_*.pth (a bare state dict, with or without 'module.') into model.encoder.
+
+    Raises ValueError, naming the key, if anything is missing, unknown or of another shape.
+    """
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = {k.removeprefix('module.'): v for k, v in state.items()}
+    own = model.encoder.state_dict()
+    for k in sorted(own.keys() | state.keys()):
+        if k not in state or k not in own or own[k].shape != state[k].shape:
+            raise ValueError(f'{path} is not this encoder: {k} is '
+                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
+                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+    model.encoder.load_state_dict(state)

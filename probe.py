@@ -1,0 +1,129 @@
+"""
+What does a frozen embedding know? Three probes read labels from it, from strongest to simplest.
+
+    attentive    one learned query attends the tokens, then a linear layer: the paper's probe
+    linear       ridge regression on the mean token
+    knn          the mean label of the nearest mean tokens
+
+Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), labels (n, L))}, labels z-scored by the
+training split, fits on train, chooses its one setting on valid (the best epoch, the ridge strength,
+k), and returns the mean squared error of each label on test, (L,). Predicting the mean scores 1.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class AttentiveProbe(nn.Module):
+    """tokens (B, N, D) -> label estimates (B, L). Bardes et al.'s attentive pooler of depth one, as the paper uses it.
+
+    A learned query cross-attends the layer-normed tokens (no projection after the attention, the query
+    itself is not normalised), then an MLP and a linear layer. The MLP's ratio sets the probe's size:
+    the paper takes 12 at width 128 and 0.25 at width 384, so that probes of different encoders match.
+    """
+
+    def __init__(self, dim, labels, mlp_ratio=12.0, heads=8):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.norm1 = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.linear = nn.Linear(dim, labels)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        for layer in self.q, self.kv, self.fc1, self.fc2:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.fc2.weight.data.div_(math.sqrt(2))
+
+    def pool(self, tokens):
+        """(B, N, D) -> (B, D)."""
+        B, N, D = tokens.shape
+        heads = lambda x: x.view(B, -1, self.heads, D // self.heads).transpose(1, 2)     # (B, heads, n, D/heads)
+        query = self.query.expand(B, 1, D)
+        k, v = self.kv(self.norm1(tokens)).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(heads(self.q(query)), heads(k), heads(v))
+        x = query + attended.transpose(1, 2).reshape(B, 1, D)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x.squeeze(1)
+
+    def forward(self, tokens):
+        return self.linear(self.pool(tokens))
+
+
+def attentive(splits, mlp_ratio=12.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
+              device='cpu', tick=lambda: None):
+    """Test error of an AttentiveProbe after the epoch that was best on valid, and its number of parameters.
+
+    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
+    """
+    splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
+    tokens, labels = splits['train']
+    torch.manual_seed(seed)
+    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio).to(device)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
+    per_epoch = math.ceil(len(tokens) / batch)
+    warmup, total = warmup_epochs * per_epoch, epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup else
+                                                 0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, total - warmup))))
+
+    def error(name):
+        x, y = splits[name]
+        with torch.no_grad():
+            return (torch.cat([probe(b) for b in x.split(1024)]) - y).pow(2).mean(0)
+
+    generator = torch.Generator().manual_seed(seed)
+    best, best_state = math.inf, None
+    for _ in range(epochs):
+        for index in torch.randperm(len(tokens), generator=generator).to(device).split(batch):
+            optimizer.zero_grad()
+            F.mse_loss(probe(tokens[index]), labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+        now = error('valid').mean().item()
+        if now < best:
+            best, best_state = now, copy.deepcopy(probe.state_dict())
+        tick()
+    if best_state is None:
+        raise FloatingPointError('the attentive probe diverged: its error on valid is not a number')
+    probe.load_state_dict(best_state)
+    return error('test').cpu(), sum(p.numel() for p in probe.parameters())
+
+
+def standardize(splits):
+    """Mean over tokens, then z-scored by train: {name: (features (n, D) float64, labels)}."""
+    features = {name: x.double().mean(1) for name, (x, _) in splits.items()}
+    mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
+    return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
+
+
+def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5))):
+    """Test error of ridge regression on the mean token; per-row strength of the penalty chosen on valid."""
+    splits = {name: (F.pad(x, (0, 1), value=1.0), y) for name, (x, y) in standardize(splits).items()}    # last: bias
+    x, y = splits['train']
+    gram, moment = x.T @ x / len(x), x.T @ y / len(x)
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype)
+    error = lambda w, name: (splits[name][0] @ w - splits[name][1]).pow(2).mean(0)
+    weights = [torch.linalg.solve(gram + s * eye, moment) for s in strengths]
+    best = min(weights, key=lambda w: error(w, 'valid').mean())
+    return error(best, 'test')
+
+
+def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100)):
+    """Test error of the mean label of the k nearest training windows, Euclidean in z-scored mean tokens; k by valid."""
+    splits = standardize(splits)
+    x, y = splits['train']
+
+    def error(name, ks):
+        nearest = torch.cdist(splits[name][0], x).topk(min(max(ks), len(x)), largest=False).indices      # (n, k)
+        return [(y[nearest[:, :k]].mean(1) - splits[name][1]).pow(2).mean(0) for k in ks]
+
+    on_valid = error('valid', ks)
+    best = min(range(len(ks)), key=lambda i: on_valid[i].mean())
+    return error('test', [ks[best]])[0]

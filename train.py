@@ -1,0 +1,410 @@
+"""
+Pretrain an encoder on windows of physical fields.
+
+    python train.py --data active_matter                          # one process, CPU or GPU
+    torchrun train.py --data active_matter                        # the same, under torchrun
+    torchrun --nproc_per_node=8 train.py --data active_matter     # data parallel, one process per GPU
+
+With no dataset on disk, a small one is simulated first. Running the same command again resumes from
+the last checkpoint. Two presets: `nano` (a laptop, simulated data) and `paper` (the paper's sizes);
+defaults < preset < flags. Everything random in step s is drawn from (seed, s), so a run that is
+killed and resumed, or split over ranks, sees the same windows, crops and loss chunks.
+"""
+import os
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors: read when torch loads
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset
+from jepa import JEPA
+
+
+def option(default, help):
+    return dataclasses.field(default=default, metadata={'help': help})
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; saved in its checkpoint. Zero often means: what the preset or system says."""
+    data: str = option('active_matter', 'system: ' + ', '.join(SYSTEMS))
+    preset: str = option('auto', 'nano, paper, or auto: nano on data simulated by the nano preset, else paper')
+    data_dir: str = option('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
+    cache_dir: str = option('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
+    out: str = option('', 'folder of checkpoint and log (default: out/<system>-jepa-<preset>-seed<seed>)')
+    # what the encoder sees
+    resolution: int = option(224, 'side the fields are resized to; 0 keeps the file\'s')
+    crop: int = option(0, 'side of the random square cut from each training window; 0: the whole field')
+    stride: int = option(0, 'frames between window starts; 0: the system\'s (active matter 1)')
+    noise: float = option(-1.0, 'std of Gaussian noise added to the inputs; -1: the system\'s (active matter 1)')
+    normalize: bool = option(False, 'z-score each channel with the training split\'s mean and std')
+    augment: bool = option(False, 'random flips and quarter turns, and periodic shifts')
+    paired: bool = option(True, 'crop and augment context and target alike; false: each on its own, so that only '
+                                'what the whole run shares can be predicted')
+    # model
+    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
+    blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
+    layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
+    # loss
+    sim_coeff: float = option(2.0, 'weight of the invariance term')
+    std_coeff: float = option(40.0, 'weight of the variance term')
+    cov_coeff: float = option(2.0, 'weight of the covariance term')
+    chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
+    # optimisation
+    batch: int = option(256, 'windows per optimizer step, over all ranks and accumulation steps')
+    micro_batch: int = option(8, 'windows per forward pass, over all ranks: the loss sees these together')
+    epochs: float = option(30.0, 'passes over the training windows')
+    steps: int = option(0, 'optimizer steps; 0: as many as `epochs` need')
+    lr: float = option(0.0, 'peak learning rate; 0: the system\'s (active matter 1e-3)')
+    min_lr: float = option(1e-6, 'learning rate at the end')
+    warmup_epochs: float = option(2.0, 'linear warmup, in epochs')
+    weight_decay: float = option(0.05, 'AdamW weight decay')
+    seed: int = option(0, 'seed of everything random')
+    # machine
+    device: str = option('auto', 'cuda, cpu, or auto')
+    dtype: str = option('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
+    save_every: int = option(100, 'steps between checkpoints')
+
+
+PRESETS = {
+    'paper': {},                                                         # the defaults above are arXiv 2603.13227's
+    'nano': dict(resolution=64, crop=32, stride=1, noise=0.0, normalize=True, augment=True,
+                 widths=(8, 16, 32, 64, 64), blocks=(0, 1, 1, 1, 1), layer_scale=1.0,
+                 sim_coeff=10.0, chunks=1, batch=64, micro_batch=64, steps=600, lr=3e-3, warmup_epochs=0.5),
+}
+
+
+def parse_config(cls, description):
+    """The flags given on the command line, as a dict; a flag for every field of a dataclass made of `option`s."""
+    def boolean(text):
+        if text.lower() not in ('true', 'false'):
+            raise ValueError(text)
+        return text.lower() == 'true'
+
+    def integers(text):
+        return tuple(int(v) for v in text.split(','))
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        kind = {bool: boolean, tuple: integers}.get(f.type, f.type)
+        shown = ','.join(map(str, f.default)) if f.type is tuple else f.default
+        extra = dict(nargs='?', const=True) if f.type is bool else {}
+        parser.add_argument('--' + f.name.replace('_', '-'), type=kind, default=argparse.SUPPRESS,
+                            metavar=kind.__name__.upper(), **extra,
+                            help=f.metadata['help'] + ('' if shown in ('', 'auto') else f' (default: {shown})'))
+    return vars(parser.parse_args())
+
+
+def resolve(flags, simulated_preset):
+    """Config from command-line flags: defaults < preset < flags, then the system's values for what is left open."""
+    c = Config(**flags)
+    if c.preset == 'auto':
+        c.preset = 'nano' if simulated_preset == 'nano' else 'paper'
+    if c.preset not in PRESETS:
+        raise ValueError(f'unknown preset {c.preset!r}: choose from auto, {", ".join(PRESETS)}')
+    c = Config(**{**PRESETS[c.preset], **flags, 'preset': c.preset})
+    system = SYSTEMS[c.data]
+    c.stride = c.stride or system.stride
+    c.noise = system.noise if c.noise < 0 else c.noise
+    c.lr = c.lr or system.lr
+    c.out = c.out or f'out/{c.data}-jepa-{c.preset}-seed{c.seed}'
+    if c.device == 'auto':
+        c.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if c.dtype == 'auto':
+        c.dtype = 'bfloat16' if c.device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if c.dtype not in ('float32', 'bfloat16', 'float64'):
+        raise ValueError(f'unknown dtype {c.dtype!r}: choose from float32, bfloat16, float64')
+    c.micro_batch = min(c.micro_batch, c.batch)
+    if c.batch < 1 or c.batch % c.micro_batch:
+        raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
+    side = c.crop or c.resolution
+    if side % 16 or c.resolution % 16 and not c.crop:
+        raise ValueError(f'the encoder halves space four times: {side} is not divisible by 16; '
+                         f'choose another --resolution or --crop')
+    return c
+
+
+# ---------------------------------------------------------------------------------------------
+# model and checkpoints
+
+def build_model(c, channels):
+    """The model of a Config, freshly initialised from its seed."""
+    torch.manual_seed(c.seed)
+    model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks)
+    return model.double() if c.dtype == 'float64' else model
+
+
+def save_checkpoint(path, **state):
+    """One file of plain types and tensors, complete or not there at all."""
+    part = path.with_name(path.name + '.part')
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint dict written by train.py. Raises ValueError for any other file; never runs code from it."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f'no checkpoint at {path}: train one with python train.py') from None
+    except Exception as e:                                               # pickle, zip and io errors of many kinds
+        raise ValueError(f'{path} is not a checkpoint of train.py ({str(e).splitlines()[0][:100]})') from None
+    needed = {'model', 'optimizer', 'step', 'config', 'channels', 'mean', 'std'}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ValueError(f'{path} is not a checkpoint of train.py: it has no {", ".join(sorted(needed))}')
+    return state
+
+
+def restore(model, state, path):
+    """Load a checkpoint's weights into `model`; ValueError if they belong to another one."""
+    try:
+        model.load_state_dict(state['model'])
+    except RuntimeError as e:
+        raise ValueError(f'{path} holds another model: {str(e).splitlines()[1].strip()}') from None
+
+
+def git_hash():
+    try:
+        return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+# ---------------------------------------------------------------------------------------------
+# batches
+
+def prefetch(load, jobs, workers):
+    """load(job) for each job, in order, computed ahead by `workers` threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(load, job))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for p in pending:
+                p.cancel()
+
+
+def window_order(n, seed, first, count):
+    """Positions first..first+count of an endless shuffled pass over n windows, reshuffled every epoch."""
+    position = np.arange(first, first + count)
+    out = np.empty(count, int)
+    for epoch in np.unique(position // n):
+        here = position // n == epoch
+        out[here] = np.random.default_rng([seed, 1, epoch]).permutation(n)[position[here] % n]
+    return out
+
+
+def learning_rate(step, steps, warmup, peak, low):
+    """Linear warmup from `low`, then a cosine down to `low`."""
+    if step < warmup:
+        return low + (peak - low) * (step + 1) / warmup
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
+
+
+def embedding_health(z):
+    """(mean std of the channels, effective rank) of embeddings (B, D, h, w): a collapse shows in either.
+
+    The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007).
+    """
+    z = z.movedim(1, -1).reshape(-1, z.shape[1]).float().cpu()           # (rows, D)
+    p = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
+    p = p / p.sum().clamp(min=1e-12)
+    return z.std(0).mean().item(), torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
+
+
+def peak_memory():
+    """Peak memory of this process in GB: the GPU's if it uses one, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed blocks for reuse: giving them back costs a third of a training step on CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        for parameter, value in (-4, 0), (-1, 2**31 - 1), (-2, 2**28):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(parameter, value)
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+def train(flags):
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    master = rank == 0
+    say = print if master else lambda *a: None
+    if world > 1:
+        cuda = torch.cuda.is_available() and flags.get('device', 'auto') != 'cpu'
+        dist.init_process_group('nccl' if cuda else 'gloo')
+        if cuda:
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+
+    # data
+    data_dir = flags.get('data_dir') or os.environ.get('THE_WELL_DATA_DIR', 'data')
+    root, system, simulated = find_dataset(flags.get('data', Config.data), data_dir, build=master)
+    c = resolve({**flags, 'data_dir': str(data_dir)}, simulated)
+    if c.micro_batch % world:
+        raise ValueError(f'micro_batch {c.micro_batch} does not divide over {world} ranks')
+    open_split = lambda: Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, progress=master)
+    data = open_split() if master else None
+    if world > 1:
+        dist.barrier()
+    data = data or open_split()
+    labels = data.varying()
+    if not labels:
+        raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
+    if c.crop > min(data.fields.shape[-2:]):
+        raise ValueError(f'crop {c.crop} is larger than the fields, {data.fields.shape[-2:]}')
+    mean, std = data.normalization(c.normalize)
+    label_values = data.labels(labels)
+
+    # model
+    device = torch.device(c.device)
+    model = build_model(c, len(data.channels)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
+                                  fused=device.type == 'cuda')
+    windows = len(data.windows)
+    steps = c.steps or math.ceil(c.epochs * windows / c.batch)
+    warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
+    accumulate = c.batch // c.micro_batch
+
+    # resume
+    out = Path(c.out)
+    checkpoint = out / 'ckpt.pt'
+    step, seconds = 0, 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint)
+        own = dataclasses.asdict(c)
+        differs = [k for k in own if own[k] != state['config'].get(k) and k not in ('data_dir', 'cache_dir', 'out', 'device')]
+        if differs:
+            raise ValueError(f'{checkpoint} is a run with other settings ('
+                             + ', '.join(f'{k}: {state["config"].get(k)}, now {own[k]}' for k in differs)
+                             + '): choose another --out')
+        restore(model, state, checkpoint)
+        optimizer.load_state_dict(state['optimizer'])
+        step, seconds = state['step'], state['seconds']
+    log_path = out / 'log.jsonl'
+    if master:
+        kept = [line for line in (log_path.read_text().splitlines() if log_path.exists() else [])
+                if line.endswith('}') and json.loads(line)['step'] < step]
+        part = log_path.with_name('log.jsonl.part')
+        part.write_text(''.join(line + '\n' for line in kept))
+        os.replace(part, log_path)
+
+    say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, labels {", ".join(labels)}')
+    say(f'preset {c.preset} on {torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}, {c.dtype}; '
+        f'{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, '
+        f'{sum(p.numel() for p in model.predictor.parameters()):,} in the predictor')
+    side = (c.crop, c.crop) if c.crop else data.fields.shape[-2:]
+    say(f'{windows} windows of {FRAMES} + {FRAMES} frames at {side[0]} x {side[1]}; a step takes {c.batch} of them = '
+        f'{accumulate} accumulation(s) x {world} rank(s) x {c.micro_batch // world}; '
+        f'{steps} steps = {steps * c.batch / windows:.2f} epochs')
+    say(f'writing {checkpoint} and {log_path}' + (f', resuming at step {step}' if step else ''))
+
+    forward = model
+    if world > 1:
+        forward = DistributedDataParallel(model, device_ids=[device.index] if device.index is not None else None)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
+    real = torch.float64 if c.dtype == 'float64' else torch.float32
+    mean, std = (torch.as_tensor(v, dtype=real, device=device).view(-1, 1, 1, 1) for v in (mean, std))
+    local = c.micro_batch // world
+
+    def load(job):
+        s, micro = job
+        first = micro * c.micro_batch + rank * local                     # this rank's part of the step's windows
+        chosen = window_order(windows, c.seed, s * c.batch, c.batch)[first:first + local]
+        views = [(0, WINDOW)] if c.paired else [(0, FRAMES), (FRAMES, FRAMES)]            # (first frame, frames)
+        return torch.cat([data.load(data.windows[chosen] + (0, offset), frames, c.crop, c.augment,
+                                    seeds=[(c.seed, 2 + v, s, first + i) for i in range(local)])
+                          for v, (offset, frames) in enumerate(views)], dim=2)
+
+    def save(step, seconds):
+        save_checkpoint(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
+                        samples=step * c.batch, config=dataclasses.asdict(c), channels=data.channels, labels=labels,
+                        mean=mean.flatten().tolist(), std=std.flatten().tolist(), rng=torch.get_rng_state(),
+                        label_mean=label_values.mean(0).tolist(), label_std=label_values.std(0).tolist(), git=git_hash())
+
+    jobs = ((s, micro) for s in range(step, steps) for micro in range(accumulate))
+    batches = prefetch(load, jobs, workers=4 if device.type == 'cuda' else 1)
+    bar = tqdm(total=steps, initial=step, desc='training', unit='step', disable=not master, smoothing=0.05)
+    with open(log_path if master else os.devnull, 'a') as log:
+        while step < steps:
+            started = time.perf_counter()
+            lr = learning_rate(step, steps, warmup, c.lr, c.min_lr)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            optimizer.zero_grad(set_to_none=True)
+            sums = {}
+            for micro in range(accumulate):
+                x = (next(batches).to(device, real, non_blocking=True) - mean) / std          # (local, C, 32, H, W)
+                if c.noise > 0:
+                    g = torch.Generator(device).manual_seed(((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank)
+                    x = x + c.noise * torch.randn(x.shape, generator=g, device=device, dtype=real)
+                chunks = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)     # the same on all ranks
+                last = micro == accumulate - 1
+                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                    with autocast():
+                        losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], chunks)
+                    (losses['loss'] / accumulate).backward()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / accumulate
+            if not math.isfinite(sums['loss']):
+                raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}; the last good checkpoint is kept '
+                                         f'({checkpoint if checkpoint.exists() else "none yet"}): try a lower --lr')
+            optimizer.step()
+            took = time.perf_counter() - started
+            seconds += took
+            spread, rank_of_z = embedding_health(model.embedding)
+            log.write(json.dumps({'step': step, **sums, 'embedding_std': spread, 'embedding_rank': rank_of_z, 'lr': lr,
+                                  'samples_per_s': c.batch / took, 'seconds': seconds, 'memory_gb': peak_memory()}) + '\n')
+            log.flush()
+            step += 1
+            bar.update()
+            bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in sums.items()) + f', rank {rank_of_z:.0f}')
+            if master and (step % c.save_every == 0 or step == steps):
+                save(step, seconds)
+    bar.close()
+    say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. Next: python eval.py {checkpoint}')
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main():
+    keep_freed_memory()
+    flags = parse_config(Config, __doc__)
+    try:
+        train(flags)
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

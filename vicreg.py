@@ -1,0 +1,80 @@
+"""
+VICReg: the loss that lets a joint embedding learn without collapsing (Bardes, Ponce, LeCun 2022).
+
+Two embeddings of the same thing, x (predicted) and y (actual), should agree: the invariance term.
+Alone, it is solved by a constant; so every channel must keep a standard deviation of at least one
+(the variance term), and no two channels may say the same (the covariance term):
+
+    L = sim * mean (x - y)^2
+      + std * [ v(x) + v(y) ],    v(z) = 1/2 mean_j relu(1 - sqrt(Var z_j + 1e-4))
+      + cov * [ c(x) + c(y) ],    c(z) = 1/D sum_{i != j} Cov(z)_ij^2
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def variance_loss(z):
+    """How far the channels of z (N, D) fall short of standard deviation 1. Variance divides by N."""
+    std = torch.sqrt(z.var(dim=0, unbiased=False) + 1e-4)                # (D,)
+    return F.relu(1 - std).mean() / 2
+
+
+def covariance_loss(z):
+    """Sum of squared off-diagonal covariances of z (N, D), over D. Covariance divides by N - 1."""
+    N, D = z.shape
+    z = z - z.mean(dim=0)
+    cov = z.T @ z / (N - 1)                                              # (D, D)
+    return (cov.pow(2).sum() - cov.diagonal().pow(2).sum()) / D
+
+
+def vicreg_loss(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0):
+    """VICReg of one set of rows. x, y: (N, D). Returns {'loss', 'sim', 'std', 'cov'}, scalars.
+
+    Gradients flow into both branches; the default coefficients are the physics paper's
+    (arXiv 2603.13227), lambda = 2, mu = 40, nu = 2.
+    """
+    sim = F.mse_loss(x, y)
+    std = variance_loss(x) + variance_loss(y)
+    cov = covariance_loss(x) + covariance_loss(y)
+    return {'loss': sim_coeff * sim + std_coeff * std + cov_coeff * cov, 'sim': sim, 'std': std, 'cov': cov}
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows (n, D) of every rank, in rank order: (world * n, D).
+
+    Every rank then computes the same loss of the same rows, so the gradient of the loss by a rank's
+    own rows is a slice of a tensor that rank already holds. DDP averages parameter gradients over
+    ranks while the true gradient is their sum over everybody's rows: hence the factor `world`.
+    """
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        world, rank = dist.get_world_size(), dist.get_rank()
+        return grad.chunk(world)[rank] * world
+
+
+def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
+    """VICReg of embedding maps, as the physics paper runs it. x, y: (B, D, H, W), same terms as `vicreg_loss`.
+
+    Every position of every sample, on every rank, is one row; rows are shuffled by `generator` (which
+    must be in the same state on all ranks; None keeps their order) and cut into `chunks`, and the
+    loss is the mean over chunks. Statistics are taken in at least float32.
+    """
+    D = x.shape[1]
+    x, y = (z.movedim(1, -1).reshape(-1, D) for z in (x, y))             # (B*H*W, D)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x, y = x.float(), y.float()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x, y = GatherRows.apply(x), GatherRows.apply(y)                  # (world*B*H*W, D)
+    if generator is not None:
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        x, y = x[order], y[order]
+    parts = [vicreg_loss(a, b, sim_coeff, std_coeff, cov_coeff) for a, b in zip(x.chunk(chunks), y.chunk(chunks))]
+    return {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
