@@ -76,6 +76,8 @@ def read_file(path):
     for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
         if group not in f:
             raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
+    if 'spatial_dims' not in f['dimensions'].attrs:
+        raise ValueError(f"{path}: group 'dimensions' has no attribute 'spatial_dims': it is not in The Well's format")
     axes = [a if isinstance(a, str) else a.decode() for a in f['dimensions'].attrs['spatial_dims']]
     channels = {}
     for order in range(3):
@@ -174,14 +176,17 @@ class Split:
         settings = f'{split}-{resolution or "full"}'
         path = cache_dir / f'{settings}-{content_key(files)}'
         if not path.with_suffix('.json').exists():
-            build_cache(files, system, resolution, path, progress)
+            try:
+                build_cache(files, system, resolution, path, progress)
+            finally:                                                     # a failed build leaves nothing behind
+                path.with_suffix('.bin.part').unlink(missing_ok=True)
             for old in cache_dir.glob(f'{settings}-*'):                  # same settings, older contents
                 if old.stem != path.name:
                     old.unlink()
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
-        self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'r', shape=tuple(meta['shape']))
+        self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'c', shape=tuple(meta['shape']))
         names = self.runs[0]['scalars']
         self.scalars = {n: np.array([r['scalars'][n] for r in self.runs]) for n in names}
         starts = range(0, self.fields.shape[2] - WINDOW + 1, stride)
@@ -211,7 +216,7 @@ class Split:
         """
         R, C, T, H, W = self.fields.shape
         h, w = (crop, crop) if crop else (H, W)
-        out = np.empty((len(windows), C, frames, h, w), np.float32)
+        out = torch.empty(len(windows), C, frames, h, w)
         for i, (run, t) in enumerate(windows):
             x0, y0, element = 0, 0, 0
             if crop or augment:
@@ -219,10 +224,10 @@ class Split:
                 shifts = [p and augment for p in self.system.periodic]   # across the edge only as an augmentation
                 x0, y0 = (rng.integers(n if s else n - k + 1) for n, k, s in zip((H, W), (h, w), shifts))
                 element = rng.integers(8) if augment else 0
-            wrapped_copy(self.fields[run, :, t:t + frames], x0, y0, out[i])
+            wrapped_copy(torch.from_numpy(self.fields[run, :, t:t + frames]), x0, y0, out[i])
             if element:
-                out[i] = transform(out[i], self.channels, element)
-        return torch.from_numpy(out)
+                out[i] = torch.from_numpy(transform(out[i].numpy(), self.channels, element))
+        return out
 
 
 def wrapped_copy(field, x0, y0, out):

@@ -116,7 +116,7 @@ class ActiveMatter:
         kx = torch.tensor(k, dtype=dtype, device=device).view(N, 1)
         ky = torch.tensor(np.abs(k[:N // 2 + 1]), dtype=dtype, device=device).view(1, N // 2 + 1)
         k2 = kx**2 + ky**2
-        keep = (kx.abs() < kx.max() * 2 / 3) & (ky < ky.max() * 2 / 3)   # 2/3 rule
+        keep = (kx.abs() < ky.max() * 2 / 3) & (ky < ky.max() * 2 / 3)   # 2/3 rule
         self.keep = keep.to(dtype)
         self.ikx, self.iky = 1j * kx * self.keep, 1j * ky * self.keep
         # streamfunction psi of the flow driven by a traceless stress s = s_xx + i s_xy:
@@ -326,7 +326,10 @@ def make_dataset(system, data_dir, preset='nano', seed=0, device='cpu'):
         raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '
                          f'choose another --data-dir')
     root.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(recipe))
+    if not note.exists():
+        part = note.with_name(note.name + '.part')
+        part.write_text(json.dumps(recipe))
+        os.replace(part, note)
 
     pairs = [(a, z) for a in ALPHAS for z in ZETAS]
     batches = [(split, runs, pairs[i:i + p.files_at_once]) for split, runs in p.runs.items()

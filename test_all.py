@@ -858,7 +858,7 @@ def test_training_log_and_checkpoint(trained):
     rows = [json.loads(line) for line in (trained / 'log.jsonl').read_text().splitlines()]
     assert len(losses(trained)) == STEPS and np.isfinite(losses(trained)).all()
     for row in rows:
-        assert row['loss'] == pytest.approx(10 * row['sim'] + 40 * row['std'] + 2 * row['cov'], rel=1e-4)
+        assert row['loss'] == pytest.approx(10 * row['sim'] + 40 * row['std'] + 4 * row['cov'], rel=1e-4)
         assert 1 <= row['embedding_rank'] <= 8 and row['embedding_std'] > 0
     state = train.load_checkpoint(trained / 'ckpt.pt')
     assert state['step'] == STEPS and state['samples'] == STEPS * 8 and state['channels'] == CHANNELS

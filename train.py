@@ -62,11 +62,13 @@ class Config:
     widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
     blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
+    residual: bool = option(False, 'predict the change of the embedding, not all of it')
     # loss
     sim_coeff: float = option(2.0, 'weight of the invariance term')
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
+    standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
     # optimisation
     batch: int = option(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = option(8, 'windows per forward pass, over all ranks: the loss sees these together')
@@ -85,9 +87,10 @@ class Config:
 
 PRESETS = {
     'paper': {},                                                         # the defaults above are arXiv 2603.13227's
-    'nano': dict(resolution=64, crop=32, stride=1, noise=0.0, normalize=True, augment=True,
-                 widths=(8, 16, 32, 64, 64), blocks=(0, 1, 1, 1, 1), layer_scale=1.0,
-                 sim_coeff=10.0, chunks=1, batch=64, micro_batch=64, steps=600, lr=3e-3, warmup_epochs=0.5),
+    'nano': dict(resolution=64, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
+                 widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
+                 sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
+                 batch=64, micro_batch=64, steps=600, lr=3e-3, warmup_epochs=0.5),
 }
 
 
@@ -148,7 +151,8 @@ def resolve(flags, simulated_preset):
 def build_model(c, channels):
     """The model of a Config, freshly initialised from its seed."""
     torch.manual_seed(c.seed)
-    model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks)
+    model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
+                 c.standardize, c.residual, c.paired)
     return model.double() if c.dtype == 'float64' else model
 
 
@@ -376,6 +380,7 @@ def train(flags):
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.item() / accumulate
             if not math.isfinite(sums['loss']):
+                bar.close()
                 raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}; the last good checkpoint is kept '
                                          f'({checkpoint if checkpoint.exists() else "none yet"}): try a lower --lr')
             optimizer.step()

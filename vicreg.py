@@ -60,12 +60,16 @@ class GatherRows(torch.autograd.Function):
         return grad.chunk(world)[rank] * world
 
 
-def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
+def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5,
+                     standardize=False, generator=None):
     """VICReg of embedding maps, as the physics paper runs it. x, y: (B, D, H, W), same terms as `vicreg_loss`.
 
     Every position of every sample, on every rank, is one row; rows are shuffled by `generator` (which
     must be in the same state on all ranks; None keeps their order) and cut into `chunks`, and the
     loss is the mean over chunks. Statistics are taken in at least float32.
+
+    standardize: z-score each channel over all rows first. The variance term is then zero by construction,
+    so that a small run spends no steps on inflating noise to meet it (not in the paper; nano uses it).
     """
     D = x.shape[1]
     x, y = (z.movedim(1, -1).reshape(-1, D) for z in (x, y))             # (B*H*W, D)
@@ -73,6 +77,8 @@ def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=
         x, y = x.float(), y.float()
     if dist.is_initialized() and dist.get_world_size() > 1:
         x, y = GatherRows.apply(x), GatherRows.apply(y)                  # (world*B*H*W, D)
+    if standardize:
+        x, y = ((z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + 1e-5) for z in (x, y))
     if generator is not None:
         order = torch.randperm(len(x), generator=generator).to(x.device)
         x, y = x[order], y[order]
