@@ -10,6 +10,7 @@ a new one.
 """
 import hashlib
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,11 @@ class Split:
             if element:
                 out[i] = torch.from_numpy(transform(out[i].numpy(), self.channels, element))
         return out
+
+    def release(self):
+        """Give mapped pages back: they stay in the system's page cache, but no longer count as this process's memory."""
+        if hasattr(mmap, 'MADV_DONTNEED'):
+            self.fields._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def wrapped_copy(field, x0, y0, out):

@@ -85,6 +85,7 @@ def embed(split, windows, function, batch, bar):
         with torch.no_grad():
             out.append(function(x).float().cpu())
         bar.update(len(x))
+    split.release()
     return torch.cat(out)
 
 

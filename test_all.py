@@ -175,6 +175,32 @@ def test_official_checkpoints_of_another_model_are_refused(tmp_path, fault):
 
 
 # ---------------------------------------------------------------------------------------------
+# what nano adds to the paper's objective
+
+def test_standardized_loss_ignores_scale():
+    """Channels of any mean and scale give the same loss, and no variance term."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 5, 4, 3, 3, generator=g, dtype=torch.float64)
+    scale = torch.tensor([3.0, 0.5, 1.5, 2.0], dtype=torch.float64).view(4, 1, 1)
+    plain = vicreg_loss_maps(x, y, chunks=1, standardize=True)
+    scaled = vicreg_loss_maps(scale * x + 7, y / scale - 1, chunks=1, standardize=True)
+    assert plain['std'] == 0 and plain['sim'] > 1
+    for k in plain:
+        assert torch.isclose(plain[k], scaled[k], rtol=1e-3, atol=1e-4), k
+
+
+def test_residual_predictor_and_random_partners():
+    """With nothing predicted the residual leaves the context; positions are then compared with themselves or not."""
+    model, x = JEPA(3, **SMALL, residual=True, chunks=1), torch.randn(2, 3, 16, 32, 32)
+    for p in model.predictor.parameters():
+        p.data.zero_()
+    sim = lambda: model(x, x, torch.Generator().manual_seed(0))['sim'].item()
+    assert sim() < 1e-10
+    model.paired = False
+    assert sim() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
 # loss and layers against their definitions
 
 def test_vicreg_is_its_formula():

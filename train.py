@@ -345,9 +345,11 @@ def train(flags):
         first = micro * c.micro_batch + rank * local                     # this rank's part of the step's windows
         chosen = window_order(windows, c.seed, s * c.batch, c.batch)[first:first + local]
         views = [(0, WINDOW)] if c.paired else [(0, FRAMES), (FRAMES, FRAMES)]            # (first frame, frames)
-        return torch.cat([data.load(data.windows[chosen] + (0, offset), frames, c.crop, c.augment,
-                                    seeds=[(c.seed, 2 + v, s, first + i) for i in range(local)])
-                          for v, (offset, frames) in enumerate(views)], dim=2)
+        parts = [data.load(data.windows[chosen] + (0, offset), frames, c.crop, c.augment,
+                           seeds=[(c.seed, 2 + v, s, first + i) for i in range(local)])
+                 for v, (offset, frames) in enumerate(views)]
+        data.release()
+        return torch.cat(parts, dim=2)                                   # (local, C, 32, H, W)
 
     def save(step, seconds):
         save_checkpoint(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
