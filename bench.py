@@ -143,7 +143,8 @@ def training_step(device):
         assert_close(loss, ours, rtol=1e-4 if device == 'cpu' else 2e-2, atol=0)
     plain_s, first_s, ours_s = seconds(steps, device, *((3, 0) if device == 'cpu' else (10, 2)))
     row(what, batch / first_s, batch / ours_s, 'windows/s', less_is_better=False)
-    row('  the plain one in channels-last memory too', batch / plain_s, batch / ours_s, 'windows/s', less_is_better=False)
+    row('  the plain one in channels-last memory too', batch / plain_s, batch / ours_s, 'windows/s',
+        less_is_better=False)
     row('  peak memory', *memory, 'GB')
 
 

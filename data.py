@@ -231,7 +231,7 @@ class Split:
         return out
 
     def release(self):
-        """Give mapped pages back: they stay in the system's page cache, but no longer count as this process's memory."""
+        """Give mapped pages back to the page cache: they no longer count as this process's memory."""
         if hasattr(mmap, 'MADV_DONTNEED'):
             self.fields._mmap.madvise(mmap.MADV_DONTNEED)
 

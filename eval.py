@@ -34,7 +34,7 @@ PAPER = {'active_matter': 0.079}     # arXiv 2603.13227, table 1: JEPA, attentiv
 # hand-made statistics: what a physicist would compute before training anything
 
 def field_statistics(x, channels):
-    """Statistics of active-matter windows x (B, C, T, H, W) in file units -> (B, 20).
+    """Statistics of active-matter windows x (B, C, T, H, W) in file units -> (B, 19).
 
     Quantiles of the nematic order |m| = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, its mean, its drift, and
     logs of mean squares: velocity, strain rate, gradients and time differences of D and velocity; and
@@ -54,8 +54,7 @@ def field_statistics(x, channels):
     power = (f['E_xx'] * (f['D_xx'] - f['D_yy']) + 2 * f['E_xy'] * f['D_xy']).flatten(1).mean(1)
     drift = order[:, -1].flatten(1).mean(1) - order[:, 0].flatten(1).mean(1)
     return torch.cat([quantiles, torch.stack([flat.mean(1), drift, power], 1),
-                      torch.stack([(s + 1e-8).log() for s in squares], 1),
-                      (square('E_xx', 'E_xy') + 1e-8).log()[:, None] - (square('velocity_x', 'velocity_y') + 1e-8).log()[:, None]], 1)
+                      torch.stack([(s + 1e-8).log() for s in squares], 1)], 1)
 
 
 def with_products(splits):
@@ -136,16 +135,18 @@ def evaluate(args):
     windows = {name: eval_windows(split, stride) for name, split in splits.items()}
     targets = {name: torch.tensor(((splits[name].labels(labels) - mean) / std)[w[:, 0]]) for name, w in windows.items()}
     total = sum(map(len, windows.values()))
-    print(f'{path}: {c.data}, preset {c.preset}, seed {c.seed}, step {state["step"]}, {state["samples"]:,} windows seen; '
-          f'{len(windows["train"])} / {len(windows["valid"])} / {len(windows["test"])} windows to probe')
+    print(f'{path}: {c.data}, preset {c.preset}, seed {c.seed}, step {state["step"]}, '
+          f'{state["samples"]:,} windows seen; ' + ' / '.join(str(len(w)) for w in windows.values()) + ' windows to probe')
 
     def tokens_of(function, description):
         with tqdm(total=total, desc=description, unit='window') as bar:
-            return {name: (embed(splits[name], w, function, args.batch, bar), targets[name]) for name, w in windows.items()}
+            return {name: (embed(splits[name], w, function, args.batch, bar), targets[name])
+                    for name, w in windows.items()}
 
     def probes(embedded, name):
         with tqdm(total=args.epochs, desc=f'probing {name}', unit='epoch') as bar:
-            error, size = probe.attentive(embedded, args.mlp_ratio, args.epochs, seed=args.seed, device=device, tick=bar.update)
+            error, size = probe.attentive(embedded, args.mlp_ratio, args.epochs, seed=args.seed, device=device,
+                                          tick=bar.update)
         return {'attentive': error, 'linear': probe.linear(embedded), 'knn': probe.knn(embedded)}, size
 
     rows = {}
@@ -160,10 +161,12 @@ def evaluate(args):
     rows['field statistics'] = {'linear': probe.linear(statistics)}
     rows['predict the mean'] = {p: targets['test'].pow(2).mean(0) for p in ('attentive', 'linear', 'knn')}
 
-    result = {'system': c.data, 'split': 'test', 'labels': labels, 'rows': {}, 'seconds': None, 'parameters': parameters,
-              'checkpoint': str(path), 'windows_seen': state['samples'], 'train_seconds': state['seconds']}
+    result = {'system': c.data, 'split': 'test', 'labels': labels, 'rows': {}, 'seconds': None,
+              'parameters': parameters, 'checkpoint': str(path), 'windows_seen': state['samples'],
+              'train_seconds': state['seconds']}
     for name, by_probe in rows.items():
-        result['rows'][name] = {p: {**dict(zip(labels, e.tolist())), 'mean': e.mean().item()} for p, e in by_probe.items()}
+        result['rows'][name] = {p: {**dict(zip(labels, e.tolist())), 'mean': e.mean().item()}
+                                for p, e in by_probe.items()}
     if c.data in PAPER:
         result['rows']['JEPA, the paper'] = {'attentive': {'mean': PAPER[c.data]}}
     result['seconds'] = time.perf_counter() - started
@@ -190,15 +193,17 @@ def print_table(result):
 
 def main():
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument('checkpoint', nargs='?', help='default: the newest out/*/ckpt.pt')
     parser.add_argument('--data-dir', help="default: $THE_WELL_DATA_DIR, else the checkpoint's")
-    parser.add_argument('--stride', type=int, default=0, help='frames between probed windows (default: 4 for nano, else as in training)')
+    parser.add_argument('--stride', type=int, default=0,
+                        help='frames between probed windows (default: 4 for nano, else as in training)')
     parser.add_argument('--batch', type=int, default=16, help='windows embedded at once')
     parser.add_argument('--epochs', type=int, default=100, help='epochs of the attentive probe')
     parser.add_argument('--mlp-ratio', type=float, default=12.0, help="MLP ratio of the attentive probe")
     parser.add_argument('--seed', type=int, default=0, help='seed of the attentive probe')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
         evaluate(args)

@@ -268,13 +268,14 @@ def write_well_file(path, alpha, zeta, fields):
             g.attrs['field_names'] = names
             for name in names:
                 tensor = dict(symmetric=True, antisymmetric=False) if order == 2 else {}
-                dataset(g, name, fields[name], dim_varying=[True, True], sample_varying=True, time_varying=True, **tensor)
+                dataset(g, name, fields[name], dim_varying=[True, True], sample_varying=True, time_varying=True,
+                        **tensor)
     os.replace(part, path)
 
 
 def write_stats(train_dir, path):
     """The Well's stats.yaml: mean, std, rms of each field and of its change between frames, over `train_dir`."""
-    moments = {}                                                         # (name, '' or '_delta') -> [count, sum, sum of squares]
+    moments = {}                                                         # (name, '' or '_delta') -> [n, sum, squares]
     for file in sorted(train_dir.glob('*.hdf5')):
         with h5py.File(file) as f:
             for order in range(3):
@@ -365,7 +366,7 @@ def main():
     parser.add_argument('--data-dir', default=os.environ.get('THE_WELL_DATA_DIR', 'data'),
                         help='default: $THE_WELL_DATA_DIR, else ./data')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
         root = make_dataset(args.system, args.data_dir, args.preset, args.seed, args.device)

@@ -11,7 +11,7 @@ defaults < preset < flags. Everything random in step s is drawn from (seed, s), 
 killed and resumed, or split over ranks, sees the same windows, crops and loss chunks.
 """
 import os
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors: read when torch loads
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors, read by torch
 
 import argparse
 import contextlib
@@ -136,10 +136,12 @@ def resolve(flags, simulated_preset):
     if c.dtype not in ('float32', 'bfloat16', 'float64'):
         raise ValueError(f'unknown dtype {c.dtype!r}: choose from float32, bfloat16, float64')
     c.micro_batch = min(c.micro_batch, c.batch)
-    if c.batch < 1 or c.batch % c.micro_batch:
+    if c.device not in ('cpu', 'cuda') or c.device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device {c.device!r} is not to be had here: --device cpu always is')
+    if c.micro_batch < 1 or c.batch % c.micro_batch:
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
     side = c.crop or c.resolution
-    if side % 16 or c.resolution % 16 and not c.crop:
+    if min(c.crop, c.resolution) < 0 or side % 16 or c.resolution % 16 and not c.crop:
         raise ValueError(f'the encoder halves space four times: {side} is not divisible by 16; '
                          f'choose another --resolution or --crop')
     return c
@@ -271,7 +273,10 @@ def train(flags):
 
     # data
     data_dir = flags.get('data_dir') or os.environ.get('THE_WELL_DATA_DIR', 'data')
-    root, system, simulated = find_dataset(flags.get('data', Config.data), data_dir, build=master)
+    name = flags.get('data', Config.data)
+    if name in SYSTEMS and not (Path(data_dir) / name).exists():         # refuse bad flags before simulating
+        Path(resolve(flags, 'nano').out).mkdir(parents=True, exist_ok=True)
+    root, system, simulated = find_dataset(name, data_dir, build=master)
     c = resolve({**flags, 'data_dir': str(data_dir)}, simulated)
     if c.micro_batch % world:
         raise ValueError(f'micro_batch {c.micro_batch} does not divide over {world} ranks')
@@ -306,7 +311,8 @@ def train(flags):
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
         own = dataclasses.asdict(c)
-        differs = [k for k in own if own[k] != state['config'].get(k) and k not in ('data_dir', 'cache_dir', 'out', 'device')]
+        differs = [k for k in own if own[k] != state['config'].get(k)
+                   and k not in ('data_dir', 'cache_dir', 'out', 'device')]
         if differs:
             raise ValueError(f'{checkpoint} is a run with other settings ('
                              + ', '.join(f'{k}: {state["config"].get(k)}, now {own[k]}' for k in differs)
@@ -322,7 +328,8 @@ def train(flags):
         part.write_text(''.join(line + '\n' for line in kept))
         os.replace(part, log_path)
 
-    say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, labels {", ".join(labels)}')
+    say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
+        f'labels {", ".join(labels)}')
     say(f'preset {c.preset} on {torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}, {c.dtype}; '
         f'{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, '
         f'{sum(p.numel() for p in model.predictor.parameters()):,} in the predictor')
@@ -352,10 +359,11 @@ def train(flags):
         return torch.cat(parts, dim=2)                                   # (local, C, 32, H, W)
 
     def save(step, seconds):
-        save_checkpoint(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds,
-                        samples=step * c.batch, config=dataclasses.asdict(c), channels=data.channels, labels=labels,
+        save_checkpoint(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                        seconds=seconds, samples=step * c.batch, config=dataclasses.asdict(c), channels=data.channels, labels=labels,
                         mean=mean.flatten().tolist(), std=std.flatten().tolist(), rng=torch.get_rng_state(),
-                        label_mean=label_values.mean(0).tolist(), label_std=label_values.std(0).tolist(), git=git_hash())
+                        label_mean=label_values.mean(0).tolist(), label_std=label_values.std(0).tolist(),
+                        git=git_hash())
 
     jobs = ((s, micro) for s in range(step, steps) for micro in range(accumulate))
     batches = prefetch(load, jobs, workers=4 if device.type == 'cuda' else 1)
@@ -373,7 +381,7 @@ def train(flags):
                 if c.noise > 0:
                     g = torch.Generator(device).manual_seed(((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank)
                     x = x + c.noise * torch.randn(x.shape, generator=g, device=device, dtype=real)
-                chunks = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)     # the same on all ranks
+                chunks = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)       # same on all ranks
                 last = micro == accumulate - 1
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with autocast():
@@ -390,7 +398,8 @@ def train(flags):
             seconds += took
             spread, rank_of_z = embedding_health(model.embedding)
             log.write(json.dumps({'step': step, **sums, 'embedding_std': spread, 'embedding_rank': rank_of_z, 'lr': lr,
-                                  'samples_per_s': c.batch / took, 'seconds': seconds, 'memory_gb': peak_memory()}) + '\n')
+                                  'samples_per_s': c.batch / took, 'seconds': seconds,
+                                  'memory_gb': peak_memory()}) + '\n')
             log.flush()
             step += 1
             bar.update()
@@ -398,7 +407,8 @@ def train(flags):
             if master and (step % c.save_every == 0 or step == steps):
                 save(step, seconds)
     bar.close()
-    say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. Next: python eval.py {checkpoint}')
+    say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '
+        f'Next: python eval.py {checkpoint}')
     if world > 1:
         dist.destroy_process_group()
 
