@@ -136,7 +136,7 @@ def evaluate(args):
     targets = {name: torch.tensor(((splits[name].labels(labels) - mean) / std)[w[:, 0]]) for name, w in windows.items()}
     total = sum(map(len, windows.values()))
     print(f'{path}: {c.data}, preset {c.preset}, seed {c.seed}, step {state["step"]}, '
-          f'{state["samples"]:,} windows seen; ' + ' / '.join(str(len(w)) for w in windows.values()) + ' windows to probe')
+          f'{state["samples"]:,} windows seen; {" / ".join(str(len(w)) for w in windows.values())} windows to probe')
 
     def tokens_of(function, description):
         with tqdm(total=total, desc=description, unit='window') as bar:

@@ -360,7 +360,8 @@ def train(flags):
 
     def save(step, seconds):
         save_checkpoint(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                        seconds=seconds, samples=step * c.batch, config=dataclasses.asdict(c), channels=data.channels, labels=labels,
+                        seconds=seconds, samples=step * c.batch, config=dataclasses.asdict(c),
+                        channels=data.channels, labels=labels,
                         mean=mean.flatten().tolist(), std=std.flatten().tolist(), rng=torch.get_rng_state(),
                         label_mean=label_values.mean(0).tolist(), label_std=label_values.std(0).tolist(),
                         git=git_hash())
