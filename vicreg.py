@@ -40,18 +40,19 @@ def vicreg_loss(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0):
     return {'loss': sim_coeff * sim + std_coeff * std + cov_coeff * cov, 'sim': sim, 'std': std, 'cov': cov}
 
 
-class GatherRows(torch.autograd.Function):
-    """Rows (n, D) of every rank, in rank order: (world * n, D).
+class Gather(torch.autograd.Function):
+    """The batches (B, ...) of every rank, in rank order: (world * B, ...).
 
-    Every rank then computes the same loss of the same rows, so the gradient of the loss by a rank's
-    own rows is a slice of a tensor that rank already holds. DDP averages parameter gradients over
-    ranks while the true gradient is their sum over everybody's rows: hence the factor `world`.
+    Every rank then computes the same loss of the same global batch, so the gradient of the loss by a
+    rank's own part is a slice of a tensor that rank already holds. DDP averages parameter gradients over
+    ranks, while what lies before this function needs their sum: hence the factor `world`. (What lies
+    after it has the same, whole gradient on every rank, and the average leaves that alone.)
     """
 
     @staticmethod
     def forward(ctx, z):
         parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z.contiguous())
+        dist.all_gather(parts, z)
         return torch.cat(parts)
 
     @staticmethod
@@ -60,25 +61,27 @@ class GatherRows(torch.autograd.Function):
         return grad.chunk(world)[rank] * world
 
 
-def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5,
-                     standardize=False, generator=None):
+def gather(z):
+    """z (B, ...) of all ranks, with correct gradients under DDP; z itself in a single process."""
+    return Gather.apply(z.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else z
+
+
+def standardize(z):
+    """z (B, D, ...) with every channel at mean 0 and standard deviation 1 over all else."""
+    return F.batch_norm(z, None, None, training=True)
+
+
+def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
     """VICReg of embedding maps, as the physics paper runs it. x, y: (B, D, H, W), same terms as `vicreg_loss`.
 
-    Every position of every sample, on every rank, is one row; rows are shuffled by `generator` (which
-    must be in the same state on all ranks; None keeps their order) and cut into `chunks`, and the
-    loss is the mean over chunks. Statistics are taken in at least float32.
-
-    standardize: z-score each channel over all rows first. The variance term is then zero by construction,
-    so that a small run spends no steps on inflating noise to meet it (not in the paper; nano uses it).
+    Every position of every sample is one row (under DDP: of every rank, so `gather` x and y first); rows
+    are shuffled by `generator` (None keeps their order) and cut into `chunks`, and the loss is the mean
+    over chunks. Statistics are taken in at least float32.
     """
     D = x.shape[1]
     x, y = (z.movedim(1, -1).reshape(-1, D) for z in (x, y))             # (B*H*W, D)
     if x.dtype in (torch.float16, torch.bfloat16):
         x, y = x.float(), y.float()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        x, y = GatherRows.apply(x), GatherRows.apply(y)                  # (world*B*H*W, D)
-    if standardize:
-        x, y = ((z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + 1e-5) for z in (x, y))
     if generator is not None:
         order = torch.randperm(len(x), generator=generator).to(x.device)
         x, y = x[order], y[order]
