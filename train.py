@@ -90,7 +90,7 @@ PRESETS = {
     'nano': dict(resolution=64, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
                  widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
                  sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
-                 batch=64, micro_batch=64, steps=600, lr=3e-3, warmup_epochs=0.5),
+                 batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5),
 }
 
 
