@@ -187,6 +187,7 @@ class Split:
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
+        # 'c': copy on write, because torch wants arrays it could write to; nobody does
         self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'c', shape=tuple(meta['shape']))
         names = self.runs[0]['scalars']
         self.scalars = {n: np.array([r['scalars'][n] for r in self.runs]) for n in names}

@@ -132,12 +132,13 @@ class Predictor(nn.Module):
 class JEPA(nn.Module):
     """Encoder, predictor and loss. forward(context, target) -> {'loss', 'sim', 'std', 'cov'}.
 
-    context, target: (B, channels, 16, H, W), consecutive in time. `generator` draws the loss's chunks.
-    The last target embedding is kept, detached, in `self.embedding` for the log. The defaults are the
-    paper's. Small runs learn faster with three changes: `standardize` z-scores embeddings and predictions
-    over the batch, which settles the variance term, so that no step is spent on inflating noise to meet
-    it; `residual` predicts the change of the embedding; and `paired=False` says that context and target
-    show different places, whose positions have no partner: they are matched at random.
+    context, target: (B, channels, 16, H, W), consecutive in time. `generator` draws the loss's chunks and
+    must be in the same state on all ranks. The last target embedding is kept, detached, in
+    `self.embedding` for the log. The defaults are the paper's. Small runs learn faster with three
+    changes: `standardize` z-scores embeddings and predictions over the batch, which settles the variance
+    term, so that no step is spent on inflating noise to meet it; `residual` predicts the change of the
+    embedding; and `paired=False` says that context and target show different places, whose positions
+    have no partner: they are matched at random.
     """
 
     def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6,

@@ -273,6 +273,13 @@ def write_well_file(path, alpha, zeta, fields):
     os.replace(part, path)
 
 
+def write_text(path, text):
+    """A text file that is complete or not there at all."""
+    part = path.with_name(path.name + '.part')
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def write_stats(train_dir, path):
     """The Well's stats.yaml: mean, std, rms of each field and of its change between frames, over `train_dir`."""
     moments = {}                                                         # (name, '' or '_delta') -> [n, sum, squares]
@@ -303,9 +310,7 @@ def write_stats(train_dir, path):
             value = {'mean': total / n, 'rms': np.sqrt(squares / n),
                      'std': np.sqrt(np.maximum(squares / n - (total / n)**2, 0))}[kind]
             text += f'  {name}:' + yaml(value, 2)
-    part = path.with_name(path.name + '.part')
-    part.write_text(text)
-    os.replace(part, path)
+    write_text(path, text)
 
 
 def make_dataset(system, data_dir, preset='nano', seed=0, device='cpu'):
@@ -328,9 +333,7 @@ def make_dataset(system, data_dir, preset='nano', seed=0, device='cpu'):
                          f'choose another --data-dir')
     root.mkdir(parents=True, exist_ok=True)
     if not note.exists():
-        part = note.with_name(note.name + '.part')
-        part.write_text(json.dumps(recipe))
-        os.replace(part, note)
+        write_text(note, json.dumps(recipe))
 
     pairs = [(a, z) for a in ALPHAS for z in ZETAS]
     batches = [(split, runs, pairs[i:i + p.files_at_once]) for split, runs in p.runs.items()
