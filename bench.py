@@ -194,7 +194,7 @@ def reading(grid, resolution, reads=20):
 def simulation(device, runs=15, grid=64, steps=10):
     """Active matter one run at a time, or 15 runs in one batch; counted in time units of all runs."""
     def solver(b):
-        c, m = map(torch.stack, zip(*[simulate.initial_condition(grid, seed, device=device) for seed in range(b)]))
+        c, m = map(torch.stack, zip(*[simulate.active_matter_start(grid, seed, device=device) for seed in range(b)]))
         return simulate.ActiveMatter([-3.0] * b, [9.0] * b, c, m, dt=0.02)
 
     plain, ours = solver(1), solver(runs)

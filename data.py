@@ -30,16 +30,28 @@ WINDOW = 2 * FRAMES
 @dataclass
 class System:
     """What the paper does with one of The Well's systems before the encoder sees it."""
-    crop: tuple             # slices of (x, y) kept of the file's grid, before resizing
+    crop: tuple             # (from, to) of x and of y that is kept, as fractions of the file's grid
     stride: int             # frames between window starts
     noise: float            # std of the Gaussian noise on the input fields
     periodic: tuple         # is (x, y) periodic, and so shift invariant?
+    symmetries: tuple       # of the eight of the square (see `transform`), those of the equations
     lr: float
+    epochs: float
+    warmup_epochs: float
     log_labels: tuple = ()  # labels taken in log10
+    shown: tuple = ()       # (name in the files, name for people)
 
 
 SYSTEMS = {
-    'active_matter': System(crop=(slice(None), slice(None)), stride=1, noise=1.0, periodic=(True, True), lr=1e-3),
+    'active_matter': System(crop=((0, 1), (0, 1)), stride=1, noise=1.0, periodic=(True, True),
+                            symmetries=tuple(range(8)), lr=1e-3, epochs=30, warmup_epochs=2),
+    # the files call the Reynolds number Rayleigh
+    'shear_flow': System(crop=((0, 1), (0, 0.5)), stride=4, noise=1.0, periodic=(True, True),
+                         symmetries=tuple(range(8)), lr=1e-4, epochs=6, warmup_epochs=6,
+                         log_labels=('Rayleigh',), shown=(('Rayleigh', 'Reynolds'),)),
+    # gravity leaves only x -> -x
+    'rayleigh_benard': System(crop=((0.375, 0.625), (0, 1)), stride=4, noise=0.0, periodic=(True, False),
+                              symmetries=(0, 1), lr=1e-4, epochs=30, warmup_epochs=6, log_labels=('Rayleigh',)),
 }
 
 
@@ -109,14 +121,16 @@ def content_key(files):
     return h.hexdigest()[:12]
 
 
-def build_cache(files, system, resolution, path, progress=True):
+def build_cache(files, crop, resolution, path, progress=True):
     """Write <path>.bin, float32 (runs, channels, frames, H, W), and <path>.json that describes it; atomically.
 
+    crop: (from, to) of x and y as fractions of the grid; then resized to resolution x resolution, unless that is 0.
     Raises ValueError for files that disagree, are too short, or hold NaN or infinity.
     """
     f, channels, _, (_, T, nx, ny) = read_file(files[0])
     f.close()
-    H, W = (len(range(n)[s]) for n, s in zip((nx, ny), system.crop))
+    cut = [slice(round(a * n), round(b * n)) for n, (a, b) in zip((nx, ny), crop)]
+    H, W = (s.stop - s.start for s in cut)
     if resolution:
         H = W = resolution
     if T < WINDOW:
@@ -132,7 +146,7 @@ def build_cache(files, system, resolution, path, progress=True):
             for trajectory in range(shape[0]):
                 for c, (name, (d, index)) in enumerate(file_channels.items()):
                     try:
-                        x = d[(trajectory, slice(None), *system.crop, *index)]           # (T, nx, ny)
+                        x = d[(trajectory, slice(None), *cut, *index)]           # (T, H, W) of the file
                     except OSError as e:
                         raise ValueError(f'{file}: {name} cannot be read ({e})') from None
                     if not np.isfinite(x).all():
@@ -165,27 +179,30 @@ class Split:
     fields: memory map (runs, channels, frames, H, W) float32; channels: names; mean, std: (channels,)
     of this split; scalars: {name: (runs,) array}; windows: (n, 2) array of (run, first frame).
     resolution: side the fields are resized to (0 keeps the file's). stride: frames between window starts.
+    whole: keep the whole domain, not the system's part of it.
     """
 
-    def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=True):
+    def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=True, whole=False):
         folder = Path(root) / 'data' / split
         files = sorted(folder.glob('*.h*5'))
         if not files:
             raise ValueError(f"no HDF5 files in {folder}: point --data-dir at a folder in The Well's layout")
         cache_dir = Path(cache_dir or Path(root) / 'cache')
         cache_dir.mkdir(parents=True, exist_ok=True)
-        settings = f'{split}-{resolution or "full"}'
+        crop = ((0, 1), (0, 1)) if whole else system.crop
+        settings = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '')
         path = cache_dir / f'{settings}-{content_key(files)}'
         if not path.with_suffix('.json').exists():
             try:
-                build_cache(files, system, resolution, path, progress)
+                build_cache(files, crop, resolution, path, progress)
             finally:                                                     # a failed build leaves nothing behind
                 path.with_suffix('.bin.part').unlink(missing_ok=True)
-            for old in cache_dir.glob(f'{settings}-*'):                  # same settings, older contents
+            for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):       # same settings, older contents
                 if old.stem != path.name:
                     old.unlink()
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
+        self.periodic = [p and part == (0, 1) for p, part in zip(system.periodic, crop)]
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
         # 'c': copy on write, because torch wants arrays it could write to; nobody does
         self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'c', shape=tuple(meta['shape']))
@@ -200,7 +217,7 @@ class Split:
         return np.stack(columns, 1)
 
     def varying(self):
-        """Names of the scalars that vary over the runs: the labels."""
+        """Names of the scalars that vary over the runs: the labels, as the files call them."""
         return [n for n, v in self.scalars.items() if np.ptp(v) > 0]
 
     def normalization(self, normalize):
@@ -214,18 +231,19 @@ class Split:
         """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units.
 
         crop: side of a square cut at a random place (0: the whole field). augment: a random shift along
-        the periodic axes and a random symmetry of the square. seeds: one per window, for both.
+        the periodic axes and a random symmetry of the equations. seeds: one per window, for both.
         """
         R, C, T, H, W = self.fields.shape
         h, w = (crop, crop) if crop else (H, W)
+        symmetries = [s for s in self.system.symmetries if h == w or s // 2 % 2 == 0]     # quarter turns need a square
         out = torch.empty(len(windows), C, frames, h, w)
         for i, (run, t) in enumerate(windows):
             x0, y0, element = 0, 0, 0
             if crop or augment:
                 rng = np.random.default_rng(seeds[i])
-                shifts = [p and augment for p in self.system.periodic]   # across the edge only as an augmentation
+                shifts = [p and augment for p in self.periodic]          # across the edge only as an augmentation
                 x0, y0 = (rng.integers(n if s else n - k + 1) for n, k, s in zip((H, W), (h, w), shifts))
-                element = rng.integers(8) if augment else 0
+                element = symmetries[rng.integers(len(symmetries))] if augment else 0
             wrapped_copy(torch.from_numpy(self.fields[run, :, t:t + frames]), x0, y0, out[i])
             if element:
                 out[i] = torch.from_numpy(transform(out[i].numpy(), self.channels, element))

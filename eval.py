@@ -2,7 +2,8 @@
 What a pretrained encoder knows of the physics: the error table.
 
     python eval.py                                # the newest checkpoint under out/
-    python eval.py out/.../ckpt.pt                # that one
+    python eval.py out/.../ckpt.pt                # that one, or the one in that folder
+    python eval.py out/...jepa... out/...videomae...            # both in one table
 
 Embeds every window of the train, valid and test splits once with the frozen encoder, fits three probes
 (probe.py) to the parameters of the simulations, and prints their mean squared error on test, with the
@@ -24,37 +25,70 @@ import torch
 from tqdm import tqdm
 
 import probe
-from data import FRAMES, Split, find_dataset
+from data import FRAMES, SYSTEMS, Split, find_dataset
 from train import Config, build_model, keep_freed_memory, load_checkpoint, peak_memory, restore
 
-PAPER = {'active_matter': 0.079}     # arXiv 2603.13227, table 1: JEPA, attentive probe, mean over the parameters
+TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE'}
+PAPER = {'active_matter': {'jepa': 0.079, 'videomae': 0.160},            # arXiv 2603.13227, table 1: attentive probe,
+         'shear_flow': {'jepa': 0.38, 'videomae': 0.67},                 # mean over the parameters
+         'rayleigh_benard': {'jepa': 0.13, 'videomae': 0.18}}
 
 
 # ---------------------------------------------------------------------------------------------
 # hand-made statistics: what a physicist would compute before training anything
 
-def field_statistics(x, channels):
-    """Statistics of active-matter windows x (B, C, T, H, W) in file units -> (B, 19).
+def mean_square(*fields):
+    """Of the sum of squares of fields (B, ...): (B,)."""
+    return sum(f.square().flatten(1).mean(1) for f in fields)
 
-    Quantiles of the nematic order |m| = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, its mean, its drift, and
-    logs of mean squares: velocity, strain rate, gradients and time differences of D and velocity; and
-    the mean of E:D, the power the particles put in.
-    """
-    f = {name: x[:, i] for i, name in enumerate(channels)}               # (B, T, H, W) each
+
+def gradient(*fields):
+    """Mean square of the differences between neighbours in x and y, of fields (B, T, H, W): (B,)."""
+    return mean_square(*(f.diff(dim=d) for f in fields for d in (2, 3)))
+
+
+def active_matter_statistics(f):
+    """Of the nematic order |m| = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, the flow, and the power E:D: (B, 19)."""
     order = ((f['D_xx'] - f['D_yy'])**2 + 4 * f['D_xy']**2).sqrt() / f['concentration']
     flat = order.flatten(1)
-    quantiles = torch.quantile(flat[:, ::4], torch.tensor([.02, .1, .25, .5, .75, .9, .98], device=x.device), dim=1).T
-    square = lambda *names: sum(f[n].square().flatten(1).mean(1) for n in names)
-    slope = lambda dim, *names: sum(f[n].diff(dim=dim).square().flatten(1).mean(1) for n in names)
-    squares = [square('velocity_x', 'velocity_y'), square('E_xx', 'E_xy'),
-               slope(2, 'D_xx', 'D_xy') + slope(3, 'D_xx', 'D_xy'), slope(1, 'D_xx', 'D_xy'),
-               slope(2, 'E_xx', 'E_xy') + slope(3, 'E_xx', 'E_xy'), slope(1, 'velocity_x', 'velocity_y'),
-               slope(1, 'E_xx', 'E_xy'), order.diff(dim=1).square().flatten(1).mean(1),
-               order.diff(dim=2).square().flatten(1).mean(1)]
+    levels = torch.tensor([.02, .1, .25, .5, .75, .9, .98], device=order.device)
+    quantiles = torch.quantile(flat[:, ::4], levels, dim=1).T
+    velocity, strain, D = (f['velocity_x'], f['velocity_y']), (f['E_xx'], f['E_xy']), (f['D_xx'], f['D_xy'])
+    change = lambda *fields: mean_square(*(v.diff(dim=1) for v in fields))
+    squares = [mean_square(*velocity), mean_square(*strain), gradient(*D), change(*D), gradient(*strain),
+               change(*velocity), change(*strain), change(order), mean_square(order.diff(dim=2))]
     power = (f['E_xx'] * (f['D_xx'] - f['D_yy']) + 2 * f['E_xy'] * f['D_xy']).flatten(1).mean(1)
     drift = order[:, -1].flatten(1).mean(1) - order[:, 0].flatten(1).mean(1)
     return torch.cat([quantiles, torch.stack([flat.mean(1), drift, power], 1),
                       torch.stack([(s + 1e-8).log() for s in squares], 1)], 1)
+
+
+def fluid_statistics(f):
+    """Of a flow and the scalar it carries (tracer or buoyancy): (B, 15), logs.
+
+    Sizes of velocity, vorticity, scalar and their gradients, and the diffusivities that the window's budgets
+    suggest: what the mean squares of velocity, vorticity and scalar lose in time over what diffusion takes
+    from them, 2 nu or 2 kappa times the mean square of the gradients. Buoyancy puts in <v b>.
+    """
+    u, v, s = f['velocity_x'], f['velocity_y'], f['tracer' if 'tracer' in f else 'buoyancy']
+    w = v.diff(dim=2)[..., :-1] - u.diff(dim=3)[..., :-1, :]
+    log = lambda x: (x.abs() + 1e-10).log()
+    lost = lambda *fields: mean_square(*(x[:, 0] for x in fields)) - mean_square(*(x[:, -1] for x in fields))
+    mixed = s - s.mean((2, 3), keepdim=True)
+    duration = 0.25 * (u.shape[1] - 1)                                   # of convection, whose budget has a source
+    power = (v * s).flatten(1).mean(1) if 'buoyancy' in f else torch.zeros_like(lost(u))
+    sizes = [mean_square(u), mean_square(v), mean_square(w), gradient(w), mean_square(mixed), gradient(s),
+             gradient(s.diff(dim=2)), mean_square(s.diff(dim=1)), mean_square(w.diff(dim=1)), power,
+             gradient(s[..., :2]), gradient(s[..., -2:])]
+    budgets = [log(lost(u, v) / 2 + power * duration) - log(mean_square(w)), log(lost(w)) - log(gradient(w)),
+               log(lost(mixed)) - log(gradient(s))]
+    return torch.stack([log(x) for x in sizes] + budgets, 1)
+
+
+def field_statistics(x, channels):
+    """Statistics of windows x (B, C, T, H, W) in file units -> (B, S)."""
+    f = {name: x[:, i] for i, name in enumerate(channels)}               # (B, T, H, W) each
+    return active_matter_statistics(f) if 'D_xx' in f else fluid_statistics(f)
 
 
 def with_products(splits):
@@ -114,79 +148,104 @@ def newest_checkpoint():
     return found[-1]
 
 
+class Run:
+    """A checkpoint, its Config and the splits it is probed on. `path`: the file, or the folder it lies in."""
+
+    def __init__(self, path, data_dir):
+        self.path = path / 'ckpt.pt' if path.is_dir() else path
+        self.state = load_checkpoint(self.path)
+        try:
+            self.c = c = Config(**self.state['config'])
+        except TypeError:
+            raise ValueError(f'{self.path} was written by another version of train.py') from None
+        self.root, system, _ = find_dataset(c.data, data_dir or os.environ.get('THE_WELL_DATA_DIR') or c.data_dir)
+        self.splits = {s: Split(self.root, system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
+                       for s in ('train', 'valid', 'test')}
+        for name, split in self.splits.items():
+            if split.channels != self.state['channels'] or not set(self.state['labels']) <= split.scalars.keys():
+                raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
+
+    def model(self, trained):
+        model = build_model(self.c, len(self.state['channels']))
+        if trained:
+            restore(model, self.state, self.path)
+        return model
+
+
 def evaluate(args):
     started = time.perf_counter()
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    state = load_checkpoint(path)
-    try:
-        c = Config(**state['config'])
-    except TypeError:
-        raise ValueError(f'{path} was written by another version of train.py') from None
     device = torch.device(args.device)
-    data_dir = args.data_dir or os.environ.get('THE_WELL_DATA_DIR') or c.data_dir
-    root, system, _ = find_dataset(c.data, data_dir)
-    stride = args.stride or (4 if c.preset == 'nano' else c.stride)
-    splits = {s: Split(root, system, s, c.resolution, c.stride, c.cache_dir) for s in ('train', 'valid', 'test')}
-    labels, channels = state['labels'], state['channels']
-    for name, split in splits.items():
-        if split.channels != channels or not set(labels) <= split.scalars.keys():
-            raise ValueError(f'{root}, {name}: channels or scalars are not those {path} was trained on')
-    mean, std = np.array(state['label_mean']), np.array(state['label_std'])
-    windows = {name: eval_windows(split, stride) for name, split in splits.items()}
-    targets = {name: torch.tensor(((splits[name].labels(labels) - mean) / std)[w[:, 0]]) for name, w in windows.items()}
+    runs = [Run(Path(p), args.data_dir) for p in args.checkpoints or [newest_checkpoint()]]
+    first = runs[0]
+    if any((r.c.data, r.state['labels']) != (first.c.data, first.state['labels']) for r in runs):
+        raise ValueError('the checkpoints are of different systems: a table is about one')
+    labels, system = first.state['labels'], SYSTEMS[first.c.data]
+    shown = [dict(system.shown).get(name, name) for name in labels]
+    stride = args.stride or (4 if first.c.preset == 'nano' else first.c.stride)
+    windows = {name: eval_windows(split, stride) for name, split in first.splits.items()}
+    mean, std = np.array(first.state['label_mean']), np.array(first.state['label_std'])
+    targets = {name: torch.tensor(((first.splits[name].labels(labels) - mean) / std)[w[:, 0]])
+               for name, w in windows.items()}
     total = sum(map(len, windows.values()))
-    print(f'{path}: {c.data}, preset {c.preset}, seed {c.seed}, step {state["step"]}, '
-          f'{state["samples"]:,} windows seen; {" / ".join(str(len(w)) for w in windows.values())} windows to probe')
+    print(f'{first.c.data}: {" / ".join(str(len(w)) for w in windows.values())} windows to probe')
 
-    def tokens_of(function, description):
+    def tokens_of(run, function, description):
         with tqdm(total=total, desc=description, unit='window') as bar:
-            return {name: (embed(splits[name], w, function, args.batch, bar), targets[name])
+            return {name: (embed(run.splits[name], w, function, args.batch, bar), targets[name])
                     for name, w in windows.items()}
 
-    def probes(embedded, name):
-        with tqdm(total=args.epochs, desc=f'probing {name}', unit='epoch') as bar:
+    def probes(embedded, description):
+        with tqdm(total=args.epochs, desc=f'probing {description}', unit='epoch') as bar:
             error, size = probe.attentive(embedded, args.mlp_ratio, args.epochs, seed=args.seed, device=device,
                                           tick=bar.update)
         return {'attentive': error, 'linear': probe.linear(embedded), 'knn': probe.knn(embedded)}, size
 
-    rows = {}
-    model = build_model(c, len(channels))
-    parameters = {'encoder': sum(p.numel() for p in model.encoder.parameters())}
-    untrained = encoder_function(build_model(c, len(channels)), state, c, device)
-    restore(model, state, path)
-    trained = encoder_function(model, state, c, device)
-    rows['JEPA'], parameters['attentive probe'] = probes(tokens_of(trained, 'embedding'), 'JEPA')
-    rows['random init'], _ = probes(tokens_of(untrained, 'embedding, random init'), 'random init')
-    statistics = with_products(tokens_of(lambda x: field_statistics(x, channels)[:, None], 'field statistics'))
-    rows['field statistics'] = {'linear': probe.linear(statistics)}
+    rows, parameters = {}, {}
+    for run in runs:
+        name = TITLES[run.c.model]
+        while name in rows:                                              # several runs of one model
+            name += "'"
+        for title, trained in (name, True), ('random init' if len(runs) == 1 else f'{name}, random init', False):
+            model = run.model(trained)
+            function = encoder_function(model, run.state, run.c, device)
+            rows[title], size = probes(tokens_of(run, function, f'embedding, {title}'), title)
+        parameters[name] = {'encoder': sum(p.numel() for p in model.encoder.parameters()), 'attentive probe': size}
+        print(f'{name}: {run.path}, preset {run.c.preset}, seed {run.c.seed}, step {run.state["step"]}, '
+              f'{run.state["samples"]:,} windows seen; {parameters[name]["encoder"]:,} parameters in the encoder, '
+              f'{size:,} in its attentive probe')
+    statistics = lambda x: field_statistics(x, first.state['channels'])[:, None]
+    rows['field statistics'] = {'linear': probe.linear(with_products(tokens_of(first, statistics, 'field statistics')))}
     rows['predict the mean'] = {p: targets['test'].pow(2).mean(0) for p in ('attentive', 'linear', 'knn')}
 
-    result = {'system': c.data, 'split': 'test', 'labels': labels, 'rows': {}, 'seconds': None,
-              'parameters': parameters, 'checkpoint': str(path), 'windows_seen': state['samples'],
-              'train_seconds': state['seconds']}
+    result = {'system': first.c.data, 'split': 'test', 'labels': shown, 'rows': {}, 'seconds': None,
+              'parameters': parameters,
+              'runs': [{'checkpoint': str(r.path), 'model': r.c.model, 'preset': r.c.preset, 'seed': r.c.seed,
+                        'windows_seen': r.state['samples'], 'train_seconds': r.state['seconds']} for r in runs]}
     for name, by_probe in rows.items():
-        result['rows'][name] = {p: {**dict(zip(labels, e.tolist())), 'mean': e.mean().item()}
+        result['rows'][name] = {p: {**dict(zip(shown, e.tolist())), 'mean': e.mean().item()}
                                 for p, e in by_probe.items()}
-    if c.data in PAPER:
-        result['rows']['JEPA, the paper'] = {'attentive': {'mean': PAPER[c.data]}}
+    for model in dict.fromkeys(r.c.model for r in runs):
+        result['rows'][f'{TITLES[model]}, the paper'] = {'attentive': {'mean': PAPER[first.c.data][model]}}
     result['seconds'] = time.perf_counter() - started
     print_table(result)
-    out = path.with_name('eval.json')
-    part = out.with_name('eval.json.part')
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, out)
-    print(f'{result["seconds"] / 60:.1f} min, peak memory {peak_memory():.1f} GB; the same numbers are in {out}')
+    for run in runs:
+        out = run.path.with_name('eval.json')
+        part = out.with_name('eval.json.part')
+        part.write_text(json.dumps(result, indent=1))
+        os.replace(part, out)
+    print(f'{result["seconds"] / 60:.1f} min, peak memory {peak_memory():.1f} GB; the same numbers are in '
+          + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
 
 
 def print_table(result):
     """Rows = encoders, columns = labels under each probe: mean squared error of z-scored labels on test."""
     probes, columns = ('attentive', 'linear', 'knn'), [*result['labels'], 'mean']
-    width = max(map(len, result['rows'])) + 2
+    width, each = max(map(len, result['rows'])) + 2, max(8, *(len(c) + 2 for c in columns))
     print(f'\nMSE of z-scored parameters, {result["system"]}, {result["split"]} split (guessing the mean: 1)\n')
-    print(' ' * width + '   '.join(f'{p:^{8 * len(columns)}}' for p in probes))
-    print(' ' * width + '   '.join(''.join(f'{c:>8}' for c in columns) for _ in probes))
+    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in probes)).rstrip())
+    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in probes))
     for name, row in result['rows'].items():
-        cell = lambda p, c: f'{row[p][c]:8.3f}' if c in row.get(p, {}) else f'{"-":>8}'
+        cell = lambda p, c: f'{row[p][c]:{each}.3f}' if c in row.get(p, {}) else f'{"-":>{each}}'
         print(f'{name:{width}}' + '   '.join(''.join(cell(p, c) for c in columns) for p in probes))
     print()
 
@@ -195,13 +254,15 @@ def main():
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('checkpoint', nargs='?', help='default: the newest out/*/ckpt.pt')
+    parser.add_argument('checkpoints', nargs='*',
+                        help='files, or the folders they lie in (default: the newest out/*/ckpt.pt)')
     parser.add_argument('--data-dir', help="default: $THE_WELL_DATA_DIR, else the checkpoint's")
     parser.add_argument('--stride', type=int, default=0,
                         help='frames between probed windows (default: 4 for nano, else as in training)')
     parser.add_argument('--batch', type=int, default=16, help='windows embedded at once')
     parser.add_argument('--epochs', type=int, default=100, help='epochs of the attentive probe')
-    parser.add_argument('--mlp-ratio', type=float, default=12.0, help="MLP ratio of the attentive probe")
+    parser.add_argument('--mlp-ratio', type=float, default=0.0,
+                        help="MLP ratio of the attentive probe (default: the paper's, 12 up to width 128, 0.25 above)")
     parser.add_argument('--seed', type=int, default=0, help='seed of the attentive probe')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()

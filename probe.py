@@ -57,15 +57,17 @@ class AttentiveProbe(nn.Module):
         return self.linear(self.pool(tokens))
 
 
-def attentive(splits, mlp_ratio=12.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
+def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
               device='cpu', tick=lambda: None):
     """Test error of an AttentiveProbe after the epoch that was best on valid, and its number of parameters.
 
-    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
+    mlp_ratio 0: the paper's, 12 up to width 128 and 0.25 above, so that probes of different encoders are of like
+    size. AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
     """
     splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
     torch.manual_seed(seed)
+    mlp_ratio = mlp_ratio or (12.0 if tokens.shape[-1] <= 128 else 0.25)
     probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(tokens) / batch)

@@ -1,28 +1,22 @@
 """
-Simulate active matter and write it in The Well's format.
+Simulate one of three systems and write it in The Well's format.
 
-    python simulate.py active_matter                     # nano: 64 x 64, about two minutes on 2 CPU cores
-    python simulate.py active_matter --preset well       # 256 x 256, as The Well; wants a GPU
+    python simulate.py active_matter                     # nano: small grids, minutes on 2 CPU cores
+    python simulate.py shear_flow
+    python simulate.py rayleigh_benard
+    python simulate.py active_matter --preset well       # The Well's grid and frames; wants a GPU
 
-Rod-like active particles in a Stokes fluid, in two dimensions: the kinetic theory of Maddu, Weady
-and Shelley (J. Comput. Phys. 504, 2024) with the Bingham closure. The unknowns are moments of the
-orientation distribution Psi(x, theta): the concentration c = <1> and the complex nematic moment
-m = <exp(2i theta)>; D = <pp> is (c I + [[Re m, Im m], [Im m, -Re m]]) / 2. With the strain rate
-e = E_xx + i E_xy and the vorticity w = v_x - u_y of the flow,
-
-    c_t + u.grad c = d_T lap c
-    m_t + u.grad m = i w m + A c - conj(A) m4 + d_T lap m - 4 d_R m,        A = e + zeta m
-    -lap u + grad P = div Sigma,   div u = 0
-    Sigma_xx + i Sigma_xy = alpha/2 m + beta/4 (e c + conj(e) m4) - zeta beta/4 (c m - conj(m) m4)
-
-alpha (< 0: pushers) is the dipole strength, zeta the strength with which neighbours align.
-Pseudo-spectral in space (periodic box, 2/3 dealiasing), integrating-factor Heun in time.
+solvers.py solves the equations. A dataset is every pair of values of the system's two parameters, each from
+several initial conditions, of which none is in two splits; one file per pair and split. An interrupted
+simulation leaves no half file, and goes on when it is started again.
 """
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -30,213 +24,138 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------
-# physics, as in The Well's active_matter
-BOX = 10.0              # side of the periodic box, in rod lengths
-D_T, D_R = 0.05, 0.05   # translational and rotational diffusion
-BETA = 0.8              # particle density in the constraint stress
-DT_SAVE, FRAMES = 0.25, 81
-ALPHAS = (-1.0, -2.0, -3.0, -4.0, -5.0)
-ZETAS = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0, 17.0)
+import solvers
 
+SPLITS = 'train', 'valid', 'test'
+RESOLVED = 1e-4         # largest share of the energy in the last third of the spectrum of a resolved run
+
+
+# ---------------------------------------------------------------------------------------------
+# the three systems
 
 @dataclass
 class Preset:
-    """What one preset simulates: 45 parameter pairs, each from several initial conditions."""
-    grid: int            # points per side
-    dt: float            # time step
-    runs: dict           # split -> initial conditions per (alpha, zeta); no split shares one
-    files_at_once: int   # (alpha, zeta) pairs advanced in one batch
-    about: str           # for --help
+    """What one preset simulates; `about` says it in words."""
+    grid: tuple             # points along x and y, as written
+    frames: int
+    pairs: list             # of the two parameters
+    runs: dict              # split -> initial conditions per pair
+    files_at_once: int      # pairs advanced in one batch
+    about: str
+    settings: dict = field(default_factory=dict)                         # of the function below that starts the solver
 
 
-PRESETS = {
-    'nano': Preset(64, 0.02, {'train': 3, 'valid': 1, 'test': 1}, 9,
-                   '64 x 64, 225 runs, 3.3 GB'),
-    'well': Preset(256, 0.005, {'train': 3, 'valid': 1, 'test': 1}, 3,
-                   '256 x 256, 225 runs, 53 GB; for a GPU'),
+def active_matter(pairs, keys, p, device):
+    """The solver of a batch of runs. pairs: their parameters; keys: [seed, split, pair, run] of each."""
+    c, m = map(torch.stack, zip(*[solvers.active_matter_start(p.grid[0], key, device=device) for key in keys]))
+    return solvers.ActiveMatter(*zip(*pairs), c, m, **p.settings)
+
+
+def shear_flow(pairs, keys, p, device):
+    """Starts are an enumerable few: shuffled, dealt out to the splits, and taken in turns there."""
+    starts = list(itertools.product(*p.settings['starts']))
+    ends = np.round(np.cumsum([0, *p.runs.values()]) / sum(p.runs.values()) * len(starts)).astype(int)
+
+    def start(seed, split, pair, run):
+        mine = np.random.default_rng(seed).permutation(len(starts))[ends[split]:ends[split + 1]]
+        n_shear, n_blobs, width = starts[mine[(pair * p.runs[SPLITS[split]] + run) % len(mine)]]
+        fine = (n * p.settings['refine'] for n in p.grid)
+        return solvers.shear_flow_start(*fine, n_shear, n_blobs, width, device=device)
+    return solvers.ShearFlow(*zip(*pairs), *map(torch.stack, zip(*[start(*key) for key in keys])))
+
+
+def rayleigh_benard(pairs, keys, p, device):
+    """db goes through The Well's five values from run to run."""
+    b = [solvers.rayleigh_benard_start(*p.grid, (0.2, 0.4, 0.6, 0.8, 1.0)[(pair + run + 3 * split) % 5],
+                                       [seed, split, pair, run], p.settings['noise'], device=device)
+         for seed, split, pair, run in keys]
+    return solvers.RayleighBenard(*zip(*pairs), torch.stack(b))
+
+
+@dataclass
+class System:
+    """One of The Well's systems: how it is solved and written."""
+    solver: callable        # (pairs, keys, preset, device) -> solver
+    dt_save: float          # time between frames
+    scalars: callable       # the two parameters -> The Well's scalars
+    file: str               # name of a pair's file
+    axes: callable          # grid -> coordinates of x and y
+    presets: dict
+    walls: bool = False     # y is bounded by walls, not periodic
+
+
+def pairs(first, second):
+    """Every pair, the second parameter varying slowest."""
+    return [(float(a), float(b)) for b in second for a in first]
+
+
+ACTIVE = [(float(alpha), float(zeta)) for alpha in (-1, -2, -3, -4, -5) for zeta in range(1, 18, 2)]
+SCHMIDT = PRANDTL = 0.1, 0.2, 0.5, 1, 2, 5, 10
+SYSTEMS = {
+    'active_matter': System(
+        active_matter, 0.25, lambda alpha, zeta: {'L': solvers.BOX, 'zeta': zeta, 'alpha': alpha},
+        'active_matter_L_10.0_zeta_{1}_alpha_{0}.hdf5',
+        lambda nx, ny: [np.arange(n) * solvers.BOX / n for n in (nx, ny)],
+        {'nano': Preset((64, 64), 81, ACTIVE, dict(train=3, valid=1, test=1), 9,
+                        '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.02)),
+         'well': Preset((256, 256), 81, ACTIVE, dict(train=3, valid=1, test=1), 3,
+                        '256 x 256, 81 frames, 45 pairs, 225 runs: 53 GB; for a GPU', dict(dt=0.005))}),
+    'shear_flow': System(
+        shear_flow, 0.1, lambda reynolds, schmidt: {'Rayleigh': reynolds, 'Schmidt': schmidt},           # sic
+        'shear_flow_Reynolds_{0:g}_Schmidt_{1:g}.hdf5',
+        lambda nx, ny: [np.arange(nx) / nx, -1 + 2 * np.arange(ny) / ny],
+        {'nano': Preset((48, 96), 100, pairs((80, 160, 320, 640), SCHMIDT), dict(train=3, valid=1, test=1), 7,
+                        '48 x 96 (solved at 96 x 192), 100 frames, 28 pairs at Reynolds 80 to 640, 140 runs',
+                        dict(refine=2, starts=((2, 4), (2, 3, 4, 5), (1.0, 2.0)))),
+         'well': Preset((256, 512), 200, pairs((1e4, 5e4, 1e5, 5e5), SCHMIDT), dict(train=32, valid=4, test=4), 1,
+                        '256 x 512 (solved at 1024 x 2048), 200 frames, 28 pairs, 1120 runs: 470 GB; for a GPU',
+                        dict(refine=4, starts=((2, 4), (2, 3, 4, 5), (0.25, 0.5, 1.0, 2.0, 4.0))))}),
+    'rayleigh_benard': System(
+        rayleigh_benard, 0.25, lambda rayleigh, prandtl: {'Prandtl': prandtl, 'Rayleigh': rayleigh},
+        'rayleigh_benard_Rayleigh_{0:g}_Prandtl_{1:g}.hdf5',
+        lambda nx, ny: [np.arange(nx) * 4 / nx, solvers.chebyshev_nodes(ny)],
+        {'nano': Preset((96, 32), 80, pairs((2.5e3, 8e3, 2.5e4, 8e4), PRANDTL), dict(train=3, valid=1, test=1), 4,
+                        '96 x 32, 80 frames, 28 pairs at Rayleigh 2.5e3 to 8e4, 140 runs', dict(noise=0.1)),
+         'well': Preset((512, 128), 200, pairs((1e6, 1e7, 1e8, 1e9, 1e10), PRANDTL), dict(train=40, valid=5, test=5), 1,
+                        '512 x 128, 200 frames, 35 pairs, 1750 runs: 370 GB; for a GPU', dict(noise=1e-3))},
+        walls=True),
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# the closure
+def record(solver, frames, dt_save, step=1, tick=lambda: None):
+    """Advance a solver through its frames: The Well's fields, and each run's worst `tail()` after t = 0.
 
-def bingham_table(degree=20):
-    """Chebyshev coefficients (float64, variable x = 2 r^2 - 1) of h(r) = |m4| / (c r^2), r = |m|/c.
-
-    A Bingham distribution exp(kappa cos 2(theta - theta0)) has r = I1(kappa)/I0(kappa) and
-    |m4|/c = I2(kappa)/I0(kappa) = 1 - 2 r/kappa; so m4 = h(r) m^2 / c, with h rising from 1/2
-    (isotropic) to 1 (perfectly aligned). kappa(r) is found by bisection on the integrals.
+    Fields: {name: float32 (B, frames, Nx, Ny[, 2[, 2]])}, every `step`-th point of the solver's grid. `tick` is
+    called after every frame. Raises FloatingPointError if a run blows up.
     """
-    k = degree + 1
-    x = np.cos(np.pi * (np.arange(k) + 0.5) / k)                         # Chebyshev nodes
-    r = np.sqrt((x + 1) / 2)
-    theta = np.pi * (np.arange(4096) + 0.5) / 4096                       # of 2 theta, half a turn
-    moment = lambda kappa, n: np.mean(np.exp(kappa[:, None] * (np.cos(theta) - 1)) * np.cos(n * theta), axis=1)
-    low, high = np.full(k, 1e-9), np.full(k, 1e5)
-    for _ in range(100):
-        mid = np.sqrt(low * high)
-        below = moment(mid, 1) / moment(mid, 0) < r
-        low, high = np.where(below, mid, low), np.where(below, high, mid)
-    h = moment(low, 2) / moment(low, 0) / r**2
-    return np.polynomial.chebyshev.chebfit(x, h, degree)
-
-
-CLOSURE = bingham_table().tolist()
-
-
-def fourth_moment(c, m):
-    """m4 = <exp(4i theta)> of the Bingham distribution with moments c (real) and m (complex)."""
-    q = m / c
-    x = (2 * (q.real**2 + q.imag**2) - 1).clamp(max=1.0)
-    b1 = b2 = torch.zeros_like(x)
-    for a in CLOSURE[:0:-1]:                                             # Clenshaw's recurrence
-        b1, b2 = a + 2 * x * b1 - b2, b1
-    return c * (CLOSURE[0] + x * b1 - b2) * q * q
-
-
-# ---------------------------------------------------------------------------------------------
-# the solver
-
-class ActiveMatter:
-    """A batch of B runs on an N x N periodic grid, each with its own alpha and zeta.
-
-    alpha, zeta: (B,). c: (B, N, N) real and m: (B, N, N) complex are the state; the first grid
-    axis is x, the second y. dtype float32 or float64. `sweeps` fixed-point iterations solve the
-    Stokes equation, whose stress contains the strain rate; each gains about a factor of ten.
-    """
-
-    def __init__(self, alpha, zeta, c, m, dt, box=BOX, d_t=D_T, d_r=D_R, beta=BETA, sweeps=2):
-        B, N, _ = c.shape
-        dtype, device = c.dtype, c.device
-        column = lambda v: torch.as_tensor(v, dtype=dtype, device=device).view(-1, 1, 1)
-        self.alpha, self.zeta = column(alpha), column(zeta)
-        self.beta, self.sweeps, self.dt, self.N = beta, sweeps, dt, N
-        k = 2 * np.pi / box * np.fft.fftfreq(N, 1 / N)
-        kx = torch.tensor(k, dtype=dtype, device=device).view(N, 1)
-        ky = torch.tensor(np.abs(k[:N // 2 + 1]), dtype=dtype, device=device).view(1, N // 2 + 1)
-        k2 = kx**2 + ky**2
-        keep = (kx.abs() < ky.max() * 2 / 3) & (ky < ky.max() * 2 / 3)   # 2/3 rule
-        self.keep = keep.to(dtype)
-        self.ikx, self.iky = 1j * kx * self.keep, 1j * ky * self.keep
-        # streamfunction psi of the flow driven by a traceless stress s = s_xx + i s_xy:
-        # lap^2 psi = (d_xx - d_yy) s_xy - 2 d_xy s_xx, negated; u = psi_y, v = -psi_x
-        inverse_k4 = torch.where(k2 > 0, 1 / k2.clamp(min=1e-12)**2, torch.zeros_like(k2)) * self.keep
-        self.psi_xx, self.psi_xy = 2 * kx * ky * inverse_k4, -(kx**2 - ky**2) * inverse_k4
-        # e = (-kx ky + i (kx^2 - ky^2)/2) psi. The stress part beta/4 e of an isotropic, uniform
-        # suspension only thickens the fluid, by 1 + beta/8: it is solved exactly, the rest by sweeps.
-        self.exx_psi, self.exy_psi = -kx * ky, (kx**2 - ky**2) / 2
-        self.thickening = 1 + beta / 8
-        self.k2 = k2
-        decay = torch.stack([-d_t * k2, -d_t * k2 - 4 * d_r, -d_t * k2 - 4 * d_r])
-        self.propagator = torch.exp(decay * dt)                          # (3, N, N/2+1)
-        self.state = self.forward_fft(torch.stack([c, m.real, m.imag], 1)) * self.keep
-        self.e = torch.zeros_like(m)                                     # last strain rate: the sweeps' first guess
-
-    def forward_fft(self, f):
-        return torch.fft.rfft2(f)
-
-    def inverse_fft(self, f):
-        flat = f.reshape(-1, *f.shape[-2:])                              # a flat batch: twice as fast on CPU
-        return torch.fft.irfft2(flat, s=(self.N, self.N)).view(*f.shape[:-1], self.N)
-
-    def flow(self, c, m, m4):
-        """Streamfunction (B, N, N/2+1), in Fourier space, and strain rate e (B, N, N) of the Stokes flow."""
-        active = self.alpha / 2 * m - self.zeta * self.beta / 4 * (c * m - m.conj() * m4)
-        e = self.e
-        for _ in range(self.sweeps):
-            stress = active + self.beta / 4 * ((c - 1) * e + e.conj() * m4)
-            s = self.forward_fft(torch.stack([stress.real, stress.imag]))
-            psi = (self.psi_xx * s[0] + self.psi_xy * s[1]) / self.thickening
-            e = torch.complex(*self.inverse_fft(torch.stack([self.exx_psi * psi, self.exy_psi * psi])))
-        self.e = e
-        return psi, e
-
-    def tendency(self, state):
-        """Everything but diffusion: d/dt of the Fourier state (B, 3, N, N/2+1)."""
-        grid = self.inverse_fft(torch.cat([state, self.ikx * state, self.iky * state], 1))     # (B, 9, N, N)
-        c, m = grid[:, 0], torch.complex(grid[:, 1], grid[:, 2])
-        m4 = fourth_moment(c, m)
-        psi, e = self.flow(c, m, m4)
-        u, v, w = self.inverse_fft(torch.stack([self.iky * psi, -self.ikx * psi, self.k2 * psi]))
-        A = e + self.zeta * m
-        turn = 1j * w * m + A * c - A.conj() * m4
-        change = -(u[:, None] * grid[:, 3:6] + v[:, None] * grid[:, 6:9])
-        change = change + torch.stack([torch.zeros_like(c), turn.real, turn.imag], 1)
-        return self.forward_fft(change) * self.keep
-
-    def step(self):
-        """One integrating-factor Heun step: diffusion exactly, the rest to second order in dt."""
-        E, dt, q = self.propagator, self.dt, self.state
-        n0 = self.tendency(q)
-        n1 = self.tendency(E * (q + dt * n0))
-        self.state = E * q + dt / 2 * (E * n0 + n1)
-
-    def fields(self):
-        """dict of (B, N, N) grids: c, m (complex), u, v, e (complex), of the present state."""
-        c, m_re, m_im = self.inverse_fft(self.state).unbind(1)
-        m = torch.complex(m_re, m_im)
-        m4 = fourth_moment(c, m)
-        for _ in range(3):                                               # converge e to round-off for output
-            psi, e = self.flow(c, m, m4)
-        u, v = self.inverse_fft(torch.stack([self.iky * psi, -self.ikx * psi]))
-        return {'c': c, 'm': m, 'u': u, 'v': v, 'e': e}
-
-
-def initial_condition(N, seed, dtype=torch.float32, device='cpu', modes=8, amplitude=0.05):
-    """c = 1 and m = a few small random plane waves: (N, N) real and complex. One seed, one state."""
-    rng = np.random.default_rng(seed)
-    x = np.arange(N) * (2 * np.pi / N)
-    m = np.zeros((N, N), complex)
-    for _ in range(modes):
-        kx, ky = rng.integers(-3, 4, size=2)
-        a = amplitude * (rng.normal() + 1j * rng.normal()) / np.sqrt(2 * modes)
-        m += a * np.exp(1j * (kx * x[:, None] + ky * x[None, :]))
-    m = torch.tensor(m, device=device).to(torch.complex64 if dtype == torch.float32 else torch.complex128)
-    return torch.ones(N, N, dtype=dtype, device=device), m
-
-
-def simulate(alpha, zeta, seeds, grid, dt, frames=FRAMES, dtype=torch.float32, device='cpu', tick=lambda: None):
-    """Run B = len(alpha) simulations at once; float32 arrays in The Well's layout, by field name.
-
-    Returns concentration (B, frames, N, N), velocity (..., 2), D and E (..., 2, 2); x before y.
-    `tick` is called after every saved frame. Raises FloatingPointError if a run blows up.
-    """
-    c, m = map(torch.stack, zip(*[initial_condition(grid, s, dtype, device) for s in seeds]))
-    steps = round(DT_SAVE / dt)                                          # per saved frame
-    solver = ActiveMatter(alpha, zeta, c, m, DT_SAVE / steps)
-    B = len(alpha)
-    out = {'concentration': np.empty((B, frames, grid, grid), np.float32),
-           'velocity': np.empty((B, frames, grid, grid, 2), np.float32),
-           'D': np.empty((B, frames, grid, grid, 2, 2), np.float32),
-           'E': np.empty((B, frames, grid, grid, 2, 2), np.float32)}
+    out, worst = {}, 0.0
     for frame in range(frames):
         if frame > 0:
-            for _ in range(steps):
-                solver.step()
-        f = solver.fields()
-        c, m, e = f['c'], f['m'], f['e']
-        rows = {'concentration': c, 'velocity': torch.stack([f['u'], f['v']], -1),
-                'D': torch.stack([(c + m.real) / 2, m.imag / 2, m.imag / 2, (c - m.real) / 2], -1),
-                'E': torch.stack([e.real, e.imag, e.imag, -e.real], -1)}
-        for name, value in rows.items():
-            out[name][:, frame] = value.view(out[name][:, frame].shape).cpu().numpy()
-        if not np.isfinite(out['velocity'][:, frame]).all():
-            raise FloatingPointError(f'the simulation blew up at t = {frame * DT_SAVE}: take a smaller time step')
+            solver.advance(dt_save)
+        for name, value in solver.fields().items():
+            value = value[:, ::step, ::step].float().cpu().numpy()
+            if not np.isfinite(value).all():
+                raise FloatingPointError(f'the simulation blew up at t = {frame * dt_save}: take a smaller time step')
+            if name not in out:
+                out[name] = np.empty((len(value), frames, *value.shape[1:]), np.float32)
+            out[name][:, frame] = value
+        if frame > 0:                                                    # a start may be rougher than what follows
+            worst = np.maximum(worst, solver.tail().cpu().numpy())
         tick()
-    return out
+    return out, worst
 
 
 # ---------------------------------------------------------------------------------------------
 # The Well's format
 
-def write_well_file(path, alpha, zeta, fields):
-    """One (alpha, zeta), fields as `simulate` returns them, as The Well's HDF5; atomically."""
-    B, T, N = fields['concentration'].shape[:3]
+def write_well_file(path, name, pair, fields):
+    """Runs of system `name` at one pair of parameters, fields as from `record`, as The Well's HDF5; atomically."""
+    system = SYSTEMS[name]
+    B, T, nx, ny = next(iter(fields.values())).shape[:4]
     part = path.with_name(path.name + '.part')
-    scalars = {'L': BOX, 'zeta': zeta, 'alpha': alpha}
+    scalars = system.scalars(*pair)
     with h5py.File(part, 'w') as f:
-        f.attrs.update(dataset_name='active_matter', grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
+        f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
 
         def dataset(group, name, data, dtype=np.float32, **attrs):
@@ -246,26 +165,28 @@ def write_well_file(path, alpha, zeta, fields):
 
         g = f.create_group('dimensions')
         g.attrs['spatial_dims'] = ['x', 'y']
-        dataset(g, 'time', np.arange(T) * DT_SAVE)
+        dataset(g, 'time', np.arange(T) * system.dt_save)
         del g['time'].attrs['time_varying']
-        for axis in 'xy':
-            dataset(g, axis, np.arange(N) * (BOX / N))
+        for axis, points in zip('xy', system.axes(nx, ny)):
+            dataset(g, axis, points)
         g = f.create_group('boundary_conditions')
-        for axis in 'xy':
-            b = g.create_group(axis + '_periodic')
-            mask = np.zeros(N, bool)
+        for axis, n in zip('xy', (nx, ny)):
+            kind = 'wall' if axis == 'y' and system.walls else 'periodic'
+            b = g.create_group(f'{axis}_{kind}')
+            mask = np.zeros(n, bool)
             mask[[0, -1]] = True
             b.attrs.update(associated_dims=[axis], associated_fields=np.array([], h5py.string_dtype()),
-                           bc_type='PERIODIC', sample_varying=False, time_varying=False)
+                           bc_type=kind.upper(), sample_varying=False, time_varying=False)
             b.create_dataset('mask', data=mask)
             b.create_dataset('values', data=np.zeros(mask.sum(), np.float32))
         g = f.create_group('scalars')
         g.attrs['field_names'] = list(scalars)
         for name, value in scalars.items():
             dataset(g, name, value)
-        for order, names in enumerate((['concentration'], ['velocity'], ['D', 'E'])):
+        for order in range(3):
+            names = [name for name, values in fields.items() if values.ndim == 4 + order]
             g = f.create_group(f't{order}_fields')
-            g.attrs['field_names'] = names
+            g.attrs['field_names'] = np.array(names, h5py.string_dtype())
             for name in names:
                 tensor = dict(symmetric=True, antisymmetric=False) if order == 2 else {}
                 dataset(g, name, fields[name], dim_varying=[True, True], sample_varying=True, time_varying=True,
@@ -313,21 +234,21 @@ def write_stats(train_dir, path):
     write_text(path, text)
 
 
-def make_dataset(system, data_dir, preset='nano', seed=0, device='cpu'):
-    """Simulate a preset into <data_dir>/<system>; finished files are kept, so a broken run resumes.
+def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
+    """Simulate a preset into <data_dir>/<name>; finished files are kept, so a broken run resumes.
 
-    Every run's initial condition depends on (seed, split, alpha, zeta, index) alone, and the runs that
-    are advanced together never change, so the same seed gives the same bytes however often it is cut.
-    Raises ValueError if the folder holds data that this call did not make.
+    Every run's initial condition depends on (seed, split, pair, run) alone, and the runs that are advanced
+    together never change, so the same seed gives the same bytes however often it is cut. Says which runs are
+    not resolved. Raises ValueError if the folder holds data that this call did not make.
     """
-    p = PRESETS[preset]
-    root = Path(data_dir) / system
-    recipe = {'preset': preset, 'seed': seed, 'grid': p.grid, 'dt': p.dt, 'runs': p.runs}
+    system, p = SYSTEMS[name], SYSTEMS[name].presets[preset]
+    root = Path(data_dir) / name
+    recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}
+    recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
     note = root / 'simulated.json'
     existing = sorted(root.glob('data/*/*.hdf5'))
     if note.exists() and json.loads(note.read_text()) != recipe:
-        raise ValueError(f'{root} was simulated with other settings ({note.read_text()}): '
-                         f'delete it or choose another --data-dir')
+        raise ValueError(f'{root} was simulated with other settings ({note}): delete it or choose another --data-dir')
     if existing and not note.exists():
         raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '
                          f'choose another --data-dir')
@@ -335,37 +256,46 @@ def make_dataset(system, data_dir, preset='nano', seed=0, device='cpu'):
     if not note.exists():
         write_text(note, json.dumps(recipe))
 
-    pairs = [(a, z) for a in ALPHAS for z in ZETAS]
-    batches = [(split, runs, pairs[i:i + p.files_at_once]) for split, runs in p.runs.items()
-               for i in range(0, len(pairs), p.files_at_once)]
-    path = lambda split, a, z: root / 'data' / split / f'active_matter_L_{BOX}_zeta_{z}_alpha_{a}.hdf5'
-    bar = tqdm(total=sum(runs * len(batch) * FRAMES for _, runs, batch in batches), unit='frame',
+    batches = [(split, p.pairs[i:i + p.files_at_once]) for split in SPLITS
+               for i in range(0, len(p.pairs), p.files_at_once)]
+    path = lambda split, pair: root / 'data' / split / system.file.format(*pair)
+    worst = 0.0
+    bar = tqdm(total=sum(p.runs[split] * len(batch) for split, batch in batches) * p.frames, unit='frame',
                desc=f'simulating {root}', smoothing=0.05)
-    for split, runs, batch in batches:
+    for split, batch in batches:
+        runs = p.runs[split]
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
-        todo = [pair for pair in batch if not path(split, *pair).exists()]
+        todo = [pair for pair in batch if not path(split, pair).exists()]
         if not todo:
-            bar.update(runs * len(batch) * FRAMES)
+            bar.update(runs * len(batch) * p.frames)
             continue
-        each = [(a, z, [seed, 'train valid test'.split().index(split), pairs.index((a, z)), r])
-                for a, z in batch for r in range(runs)]
-        alpha, zeta, seeds = zip(*each)
-        out = simulate(alpha, zeta, seeds, p.grid, p.dt, device=device, tick=lambda: bar.update(len(each)))
-        for i, (a, z) in enumerate(batch):
-            if (a, z) in todo:
-                write_well_file(path(split, a, z), a, z, {k: v[i * runs:(i + 1) * runs] for k, v in out.items()})
+        each = [(pair, [seed, SPLITS.index(split), p.pairs.index(pair), run]) for pair in batch for run in range(runs)]
+        solver = system.solver(*zip(*each), p, device)
+        fields, tails = record(solver, p.frames, system.dt_save, p.settings.get('refine', 1),
+                               tick=lambda: bar.update(len(each)))
+        for i, pair in enumerate(batch):
+            mine = slice(i * runs, (i + 1) * runs)
+            if pair in todo:
+                write_well_file(path(split, pair), name, pair, {k: v[mine] for k, v in fields.items()})
+                worst = max(worst, tails[mine].max())
+                if tails[mine].max() > RESOLVED:
+                    bar.write(f'{path(split, pair).name}, {split}: up to {tails[mine].max():.1e} of the energy is in '
+                              f'the last third of the spectrum: not resolved')
     bar.close()
+    if worst:
+        print(f'At most {worst:.1e} of any run\'s energy is in the last third of its spectrum.', flush=True)
     if not (root / 'stats.yaml').exists():
         write_stats(root / 'data' / 'train', root / 'stats.yaml')
     return root
 
 
 def main():
-    presets = '\n'.join(f'  {name:6} {p.about}' for name, p in PRESETS.items())
+    presets = '\n'.join(f'  {name:16} {preset:6} {p.about}' for name, system in SYSTEMS.items()
+                        for preset, p in system.presets.items())
     parser = argparse.ArgumentParser(description=__doc__ + '\npresets:\n' + presets,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('system', choices=['active_matter'])
-    parser.add_argument('--preset', choices=list(PRESETS), default='nano')
+    parser.add_argument('system', choices=list(SYSTEMS))
+    parser.add_argument('--preset', choices=['nano', 'well'], default='nano')
     parser.add_argument('--data-dir', default=os.environ.get('THE_WELL_DATA_DIR', 'data'),
                         help='default: $THE_WELL_DATA_DIR, else ./data')
     parser.add_argument('--seed', type=int, default=0)

@@ -4,14 +4,16 @@ Everything that must stay true: python -m pytest test_all.py (a few minutes on t
 Nothing outside this folder is read; what the tests write goes to pytest's temporary folder. The test of
 The Well's own reader is skipped unless the package `the_well` is installed.
 
-testdata/parity_jepa.npz holds outputs of the paper's official code, its weights and inputs filled by the
+testdata/parity_*.npz hold outputs of the paper's official code, its weights and inputs filled by the
 formula in `filled` below. Per case and output: <case>/<output>/float32 and .../float64, flattened, and
 .../check = [largest allowed absolute error in float32, in float64, stride of the stored elements].
 """
+import argparse
 import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -30,12 +32,15 @@ import torch.nn.functional as F
 import data
 import probe
 import simulate
+import solvers
 import train
+import videomae
 from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_official
 from vicreg import covariance_loss, variance_loss, vicreg_loss, vicreg_loss_maps
+from videomae import VideoMAE
 
 HERE = Path(__file__).resolve().parent
-PARITY = np.load(HERE / 'testdata' / 'parity_jepa.npz')
+PARITY = {k: v for file in (HERE / 'testdata').glob('parity_*.npz') for k, v in np.load(file).items()}
 both_dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['float32', 'float64'])
 
 
@@ -254,10 +259,10 @@ def test_depthwise_convolution_is_conv3d(T):
 
 
 # ---------------------------------------------------------------------------------------------
-# the solver
+# the solver of active matter
 
 def wavenumbers(N):
-    k = 2 * np.pi / simulate.BOX * np.fft.fftfreq(N, 1 / N)
+    k = 2 * np.pi / solvers.BOX * np.fft.fftfreq(N, 1 / N)
     return k[:, None], k[None, :]
 
 
@@ -269,17 +274,17 @@ def derivatives(f):
 
 def developed(N=32, alpha=-3.0, zeta=9.0, dt=0.01, steps=20, wavy=0.0, amplitude=0.6, seed=0):
     """A solver in float64 after some steps from a strongly nonlinear state; c = 1 + wavy cos cos."""
-    c, m = simulate.initial_condition(N, seed, torch.float64, amplitude=amplitude)
+    c, m = solvers.active_matter_start(N, seed, torch.float64, amplitude=amplitude)
     x = torch.arange(N, dtype=torch.float64) * 2 * math.pi / N
     c = c + wavy * torch.cos(x)[:, None] * torch.cos(2 * x)
-    solver = simulate.ActiveMatter([alpha], [zeta], c[None], m[None], dt)
+    solver = solvers.ActiveMatter([alpha], [zeta], c[None], m[None], dt)
     for _ in range(steps):
         solver.step()
     return solver
 
 
 def numpy_fields(solver):
-    return {name: f[0].numpy() for name, f in solver.fields().items()}
+    return {name: f[0].numpy() for name, f in solver.moments().items()}
 
 
 @pytest.mark.parametrize('wave', [(1, 0), (0, 2), (1, 1), (2, -1)])
@@ -291,22 +296,22 @@ def test_linear_growth_rates(wave):
     (transverse: m ~ i exp(2i phi)) drives a shear with e = -s/2, where s = (alpha/2 - zeta beta/4) m + beta/4 e
     is the stress, so e (1 + beta/8) = (-alpha/4 + zeta beta/8) m.
     """
-    N, dt, steps, beta = 16, 1e-3, 40, simulate.BETA
-    kx, ky = (2 * np.pi / simulate.BOX * k for k in wave)
-    x = np.arange(N) * simulate.BOX / N
+    N, dt, steps, beta = 16, 1e-3, 40, solvers.BETA
+    kx, ky = (2 * np.pi / solvers.BOX * k for k in wave)
+    x = np.arange(N) * solvers.BOX / N
     ripple = 1e-7 * np.cos(kx * x[:, None] + ky * x)
     along = np.exp(2j * math.atan2(ky, kx))
     pairs = [(a, z) for a in (-1.0, -5.0) for z in (1.0, 9.0)]
     alpha, zeta = (np.repeat(v, 2) for v in zip(*pairs))                 # longitudinal, transverse for each pair
     direction = np.tile([along, 1j * along], len(pairs))[:, None, None]
     m = torch.tensor(direction * ripple)
-    solver = simulate.ActiveMatter(alpha, zeta, torch.ones(m.shape, dtype=torch.float64), m, dt)
-    size = lambda: ((solver.fields()['m'].numpy() / direction).real * ripple).sum((1, 2))
+    solver = solvers.ActiveMatter(alpha, zeta, torch.ones(m.shape, dtype=torch.float64), m, dt)
+    size = lambda: ((solver.moments()['m'].numpy() / direction).real * ripple).sum((1, 2))
     before = size()
     for _ in range(steps):
         solver.step()
     measured = np.log(size() / before) / (steps * dt)
-    longitudinal = zeta - 4 * simulate.D_R - simulate.D_T * (kx**2 + ky**2)
+    longitudinal = zeta - 4 * solvers.D_R - solvers.D_T * (kx**2 + ky**2)
     transverse = longitudinal + (-alpha / 4 + zeta * beta / 8) / (1 + beta / 8)
     expected = np.where(np.arange(len(alpha)) % 2, transverse, longitudinal)
     assert np.allclose(measured, expected, rtol=1e-4), (measured, expected)
@@ -332,11 +337,11 @@ def test_stokes_forces_balance():
     """curl div Sigma + lap w = 0 on resolved modes, with the full stress, which contains the strain rate itself."""
     f = numpy_fields(developed(wavy=0.2))
     c, m, e, N = f['c'], f['m'], f['e'], f['c'].shape[0]
-    m4 = simulate.fourth_moment(torch.tensor(c), torch.tensor(m)).numpy()
-    alpha, zeta, beta = -3.0, 9.0, simulate.BETA
+    m4 = solvers.fourth_moment(torch.tensor(c), torch.tensor(m)).numpy()
+    alpha, zeta, beta = -3.0, 9.0, solvers.BETA
     stress = alpha / 2 * m + beta / 4 * (e * c + e.conj() * m4) - zeta * beta / 4 * (c * m - m.conj() * m4)
     kx, ky = wavenumbers(N)
-    kept = np.maximum(np.abs(kx), np.abs(ky)) < 2 * np.pi / simulate.BOX * N / 4      # inside the 2/3 rule's square
+    kept = np.maximum(np.abs(kx), np.abs(ky)) < 2 * np.pi / solvers.BOX * N / 4      # inside the 2/3 rule's square
     xx, xy, u, v = (np.fft.fft2(g) * kept for g in (stress.real, stress.imag, f['u'], f['v']))
     curl = -(kx**2 - ky**2) * xy + 2 * kx * ky * xx
     drag = -(kx**2 + ky**2) * (1j * kx * v - 1j * ky * u)
@@ -353,12 +358,12 @@ def test_solver_follows_the_equations_of_motion():
         c, m, e = f['c'], f['m'], f['e']
         advect = lambda g: sum(v * d for v, d in zip((f['u'], f['v']), derivatives(g)))
         w, A = derivatives(f['v'])[0] - derivatives(f['u'])[1], e + zeta * m
-        m4 = simulate.fourth_moment(torch.tensor(c), torch.tensor(m)).numpy()
-        return (simulate.D_T * laplacian(c) - advect(c), -both(advect, m) + 1j * w * m + A * c - A.conj() * m4
-                + simulate.D_T * both(laplacian, m) - 4 * simulate.D_R * m)
+        m4 = solvers.fourth_moment(torch.tensor(c), torch.tensor(m)).numpy()
+        return (solvers.D_T * laplacian(c) - advect(c), -both(advect, m) + 1j * w * m + A * c - A.conj() * m4
+                + solvers.D_T * both(laplacian, m) - 4 * solvers.D_R * m)
 
     before = numpy_fields(solver)
-    again = simulate.ActiveMatter([-3.0], [zeta], *(torch.tensor(before[k])[None] for k in 'cm'), dt)
+    again = solvers.ActiveMatter([-3.0], [zeta], *(torch.tensor(before[k])[None] for k in 'cm'), dt)
     again.step()
     after = numpy_fields(again)
     for k, old, new in zip('cm', tendency(before), tendency(after)):
@@ -369,13 +374,13 @@ def test_solver_follows_the_equations_of_motion():
 @pytest.mark.parametrize('N', [24, 32])
 def test_solver_commutes_with_quarter_turns(N):
     """Turning the start turns everything: grids by rot90 (x, y -> -y, x), m by exp(i pi), (u, v) to (-v, u)."""
-    c, m = simulate.initial_condition(N, 0, torch.float64, amplitude=0.3)
+    c, m = solvers.active_matter_start(N, 0, torch.float64, amplitude=0.3)
     turn = lambda f: torch.rot90(f, dims=(-2, -1))
     c, m = torch.stack([c, turn(c)]), torch.stack([m, -turn(m)])
-    solver = simulate.ActiveMatter([-3.0, -3.0], [5.0, 5.0], c, m, dt=0.02)
+    solver = solvers.ActiveMatter([-3.0, -3.0], [5.0, 5.0], c, m, dt=0.02)
     for _ in range(10):
         solver.step()
-    f = solver.fields()
+    f = solver.moments()
     for ours, expected in (f['m'][1], -f['m'][0]), (f['u'][1], -f['v'][0]), (f['v'][1], f['u'][0]):
         assert torch.allclose(ours, turn(expected), rtol=0, atol=1e-11), 'do x and y keep the same wavenumbers?'
 
@@ -383,7 +388,7 @@ def test_solver_commutes_with_quarter_turns(N):
 def test_closure_limits():
     """Isotropic: |m4| / c -> r^2 / 2. Perfectly aligned: m4 = m^2 / c."""
     c, phase = torch.tensor([0.7, 1.0, 1.3], dtype=torch.float64), torch.tensor([0.3, 2.0, -1.0], dtype=torch.float64)
-    m4 = lambda r: simulate.fourth_moment(c, torch.polar(r * c, phase))
+    m4 = lambda r: solvers.fourth_moment(c, torch.polar(r * c, phase))
     assert torch.allclose(m4(1e-4), torch.polar(c * 1e-8 / 2, 2 * phase), rtol=1e-5, atol=0)
     assert torch.allclose(m4(1.0), torch.polar(c, 2 * phase), rtol=1e-5, atol=0)
 
@@ -394,7 +399,7 @@ def test_closure_is_the_bingham_distribution(kappa):
     psi = torch.exp(kappa * (torch.cos(2 * (theta - 0.4)) - 1))
     psi = 1.2 * psi / psi.sum()
     moment = lambda n: (psi * torch.exp(1j * n * theta)).sum().view(1)
-    assert abs(simulate.fourth_moment(psi.sum().view(1), moment(2)) - moment(4)) < 1e-5
+    assert abs(solvers.fourth_moment(psi.sum().view(1), moment(2)) - moment(4)) < 1e-5
 
 
 def test_second_order_in_time():
@@ -413,13 +418,211 @@ def test_spectral_in_space():
 
 def test_simulation_is_reproducible():
     """Bit for bit, and whatever runs in the same batch."""
-    run = lambda *seeds: simulate.simulate([-1.0, -5.0], [3.0, 9.0], seeds, grid=16, dt=0.05, frames=3)
+    def run(*seeds):
+        c, m = map(torch.stack, zip(*[solvers.active_matter_start(16, seed) for seed in seeds]))
+        return simulate.record(solvers.ActiveMatter([-1.0, -5.0], [3.0, 9.0], c, m, 0.05), 3, 0.25)[0]
     first, again, other = run(1, 2), run(1, 2), run(1, 3)
     assert {k: v.shape for k, v in first.items()} == {'concentration': (2, 3, 16, 16), 'velocity': (2, 3, 16, 16, 2),
                                                       'D': (2, 3, 16, 16, 2, 2), 'E': (2, 3, 16, 16, 2, 2)}
     for name in first:
         assert np.array_equal(first[name], again[name]) and np.array_equal(first[name][0], other[name][0]), name
         assert name == 'concentration' or not np.array_equal(first[name][1], other[name][1]), name
+
+
+# ---------------------------------------------------------------------------------------------
+# the solvers of the two fluids
+#
+# testdata/reference_flows.npz: fields that an established spectral framework computed in double precision, of
+# shear flow at Re 1000, Sc 1 and of convection at Ra 1e6, Pr 1 (<system>/<field>, at the times <system>/t).
+
+FLOWS = np.load(HERE / 'testdata' / 'reference_flows.npz')
+
+
+def shear_flow(N=32, reynolds=200.0, schmidt=1.0, start=(2, 2, 1.0), dtype=torch.float64):
+    velocity, tracer = solvers.shear_flow_start(N, 2 * N, *start, dtype=dtype)
+    return solvers.ShearFlow([reynolds], [schmidt], velocity[None], tracer[None])
+
+
+def convection(Nx=32, Ny=16, rayleigh=1e4, prandtl=1.0, db=1.0, noise=0.1, dtype=torch.float64):
+    b = solvers.rayleigh_benard_start(Nx, Ny, db, 0, noise, dtype)
+    return solvers.RayleighBenard([rayleigh], [prandtl], b[None])
+
+
+def reference_start(Nx=128, Ny=32):
+    """The start of the reference run of convection."""
+    x, y = np.arange(Nx)[:, None] * 4 / Nx, solvers.chebyshev_nodes(Ny)
+    return torch.tensor((1 - y) + 0.01 * y * (1 - y) * (np.sin(np.pi * x) + 0.5 * np.cos(1.5 * np.pi * x)))
+
+
+def on_grid(solver):
+    """Fields as arrays (Nx, Ny) by name: velocity as u and v."""
+    f = {k: v[0].double().numpy() for k, v in solver.fields().items()}
+    f['u'], f['v'] = np.moveaxis(f.pop('velocity'), -1, 0)
+    return f
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['float32', 'float64'])
+@pytest.mark.parametrize('system, tolerances', [('shear_flow', (1e-4, 1e-3)), ('rayleigh_benard', (1e-3, 1e-2))])
+def test_solver_agrees_with_an_established_one(system, tolerances, dtype):
+    """Every field, in relative L2, at an early and a late time."""
+    if system == 'shear_flow':
+        solver, duration = shear_flow(64, 1000.0, dtype=dtype), 0.1
+    else:
+        solver, duration = solvers.RayleighBenard([1e6], [1.0], reference_start()[None].to(dtype)), 0.25
+    now = 0.0
+    for i, (t, tolerance) in enumerate(zip(FLOWS[system + '/t'], tolerances)):
+        for _ in range(round((t - now) / duration)):
+            solver.advance(duration)
+        now, found = t, on_grid(solver)
+        found['velocity'] = np.stack([found.pop('u'), found.pop('v')])
+        for name in found:
+            expected = FLOWS[f'{system}/{name}'][i].astype(np.float64)
+            error = np.linalg.norm(found[name] - expected) / np.linalg.norm(expected)
+            assert error < tolerance, (name, t, error)
+
+
+@pytest.mark.parametrize('make', [shear_flow, convection])
+def test_fluids_are_fourth_order_in_time(make):
+    """Halving the time step divides the error by sixteen."""
+    def after(steps):
+        solver = make()
+        solver.advance(0.5)                                              # off a start that may be rough
+        solver.set_coefficients(0.4 / steps)
+        for _ in range(steps):
+            solver.step()
+        return solver.state
+    a, b, c = map(after, (8, 16, 32))
+    assert 12 < (a - b).abs().max() / (b - c).abs().max() < 21
+
+
+def test_fluids_converge_spectrally_in_space():
+    """The same start on finer grids: refining once more changes the result far less than a high order would."""
+    def shear(N):
+        solver = shear_flow(N)
+        solver.advance(1.0)
+        return on_grid(solver)['tracer'][::N // 16, ::N // 16]
+
+    def heat(N):                                                         # Nusselt-like numbers do not depend on nodes
+        solver = solvers.RayleighBenard([2e4], [1.0], reference_start(2 * N, N)[None] + 0)
+        for _ in range(8):
+            solver.advance(1.0)
+        b = on_grid(solver)['buoyancy'].mean(0)
+        return np.polynomial.chebyshev.chebval(np.linspace(-1, 1, 9), np.polynomial.chebyshev.chebfit(
+            2 * solvers.chebyshev_nodes(N) - 1, b, N - 1))
+    for run, sizes in (shear, (16, 32, 64)), (heat, (8, 16, 32)):
+        a, b, c = map(run, sizes)
+        assert np.abs(b - c).max() < np.abs(a - c).max() / 100, run
+
+
+def test_shear_flow_conserves_and_diffuses():
+    """Mean tracer and momentum stay; parallel flow and tracer decay as their wave does; the energy budget closes."""
+    solver = shear_flow(reynolds=100.0, schmidt=2.0)
+    means = lambda f: [f[k].mean() for k in ('u', 'v', 'tracer')]
+    before = on_grid(solver)
+    energy = lambda f: ((f['u'] - f['u'].mean())**2 + f['v']**2).mean() / 2
+    dt, rows = 0.02, []
+    for _ in range(21):
+        f = on_grid(solver)
+        u_y = np.fft.ifft(1j * np.pi * np.fft.fftfreq(64, 1 / 64) * np.fft.fft(f['u'], axis=1), axis=1).real
+        v_x = np.fft.ifft(2j * np.pi * np.fft.fftfreq(32, 1 / 32)[:, None] * np.fft.fft(f['v'], axis=0), axis=0).real
+        rows.append((energy(f), ((v_x - u_y)**2).mean()))                # enstrophy
+        solver.advance(dt)
+    e, w2 = np.array(rows).T
+    lost = (w2[0] + w2[-1] + 4 * w2[1:-1:2].sum() + 2 * w2[2:-1:2].sum()) * dt / 3 / 100         # Simpson, nu = 1/100
+    assert e[0] - e[-1] == pytest.approx(lost, rel=1e-5)
+    assert np.allclose(means(on_grid(solver)), means(before), atol=1e-12)
+    assert abs(on_grid(solver)['pressure'].mean()) < 1e-14
+
+    y = torch.arange(32, dtype=torch.float64) / 16 - 1
+    u = torch.sin(2 * np.pi * y).expand(16, 32)
+    tracer = torch.cos(np.pi * y).expand(1, 16, 32)
+    solver = solvers.ShearFlow([50.0], [0.5], torch.stack([0.3 + u, 0 * u])[None], tracer)
+    solver.advance(1.0)
+    f = on_grid(solver)
+    assert np.allclose(f['u'], 0.3 + np.exp(-(2 * np.pi)**2 / 50) * u.numpy(), atol=1e-12)
+    assert np.allclose(f['tracer'], np.exp(-np.pi**2 / 25) * np.cos(np.pi * y.numpy()), atol=1e-12)
+
+
+def test_shear_flow_is_incompressible_and_forces_balance():
+    """div u = 0, and u_t + u.grad u + grad p = nu lap u with the pressure that is written."""
+    solver, h = shear_flow(), 1e-3
+    solver.advance(1.0)
+    frames = []
+    for _ in range(3):
+        frames.append(on_grid(solver))
+        solver.advance(h)
+    f = frames[1]
+    kx, ky = 2j * np.pi * np.fft.fftfreq(32, 1 / 32)[:, None], 1j * np.pi * np.fft.fftfreq(64, 1 / 64)
+    d = lambda a, k: np.fft.ifft2(k * np.fft.fft2(a)).real
+    assert np.abs(d(f['u'], kx) + d(f['v'], ky)).max() < 1e-12
+    for name, k in ('u', kx), ('v', ky):
+        change = (frames[2][name] - frames[0][name]) / (2 * h)
+        residual = (change + f['u'] * d(f[name], kx) + f['v'] * d(f[name], ky) + d(f['pressure'], k)
+                    - d(f[name], kx**2 + ky**2) / 200)
+        assert np.abs(residual).max() < 2e-5, name                       # what the 2/3 rule leaves out
+
+
+def polynomial(values, derivative=0, at=None):
+    """Derivatives in y of fields (Nx, Ny) on the Chebyshev nodes, there or at points of [0, 1]."""
+    n = values.shape[1]
+    nodes = 2 * solvers.chebyshev_nodes(n) - 1
+    c = np.polynomial.chebyshev.chebfit(nodes, values.T, n - 1)
+    return 2.0**derivative * np.polynomial.chebyshev.chebval(
+        nodes if at is None else 2 * np.asarray(at) - 1, np.polynomial.chebyshev.chebder(c, derivative))
+
+
+def test_convection_meets_its_equations():
+    """Walls and incompressibility to round-off; b and u change as the equations say, with the pressure written."""
+    solver, h = convection(48, 32), 1e-3
+    for _ in range(16):
+        solver.advance(0.5)
+    frames = []
+    for _ in range(3):
+        frames.append(on_grid(solver))
+        solver.advance(h)
+    f = frames[1]
+    kx = 0.5j * np.pi * np.fft.fftfreq(48, 1 / 48)[:, None]
+    x = lambda a, order=1: np.fft.ifft(kx**order * np.fft.fft(a, axis=0), axis=0).real
+    y = lambda a, order=1: polynomial(a, order)
+    assert np.abs(f['u']).max() > 0.05 and np.abs(x(f['u']) + y(f['v'])).max() < 1e-11
+    for name, walls in ('u', (0, 0)), ('v', (0, 0)), ('buoyancy', (1, 0)):
+        assert np.abs(polynomial(f[name], at=[0.0, 1.0]) - walls).max() < 1e-12, name
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    assert abs((polynomial(f['pressure'], at=(nodes + 1) / 2) * weights).mean()) < 1e-13         # zero integral
+    force = {'u': -x(f['pressure']), 'v': f['buoyancy'] - y(f['pressure']), 'buoyancy': 0}
+    for name, diffusivity in ('u', 0.01), ('v', 0.01), ('buoyancy', 0.01):
+        change = (frames[2][name] - frames[0][name]) / (2 * h)
+        residual = (change + f['u'] * x(f[name]) + f['v'] * y(f[name]) - force[name]
+                    - diffusivity * (x(f[name], 2) + y(f[name], 2)))
+        assert np.abs(residual).max() < 1e-5, name
+
+
+def test_convection_sets_in_at_the_critical_rayleigh_number():
+    """Two no-slip walls, wavenumber pi: 1707.9 (Chandrasekhar 1961, 1707.8 at 3.117)."""
+    x, y = np.arange(16)[:, None] / 4, solvers.chebyshev_nodes(16)
+    start = torch.tensor(1 - y + 1e-6 * np.sin(np.pi * y) * np.cos(np.pi * x))
+    solver = solvers.RayleighBenard([1690.0, 1725.0], [1.0, 1.0], torch.stack([start, start]))
+    speed = []
+    for _ in range(3):                                                   # the first transient dies out
+        for _ in range(10):
+            solver.advance(5.0)
+        speed.append(solver.fields()['velocity'].abs().amax((1, 2, 3)))
+    assert speed[2][0] < speed[1][0] and speed[2][1] > speed[1][1]
+
+
+def test_convection_carries_the_same_heat_everywhere():
+    """In a steady state the Nusselt number at the walls is that of the volume, and buoyancy's work is dissipated."""
+    solver = convection(32, 24, rayleigh=5e3)
+    for _ in range(60):
+        solver.advance(2.0)
+    f, kappa = on_grid(solver), 5e3**-0.5
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    mean = lambda a: (polynomial(a, at=(nodes + 1) / 2) * weights).sum() / 2 / 32                # over the domain
+    at_walls = -polynomial(f['buoyancy'], 1, at=[0.0, 1.0]).mean(0)
+    work = mean(f['v'] * f['buoyancy'])
+    v_x = np.fft.ifft(0.5j * np.pi * np.fft.fftfreq(32, 1 / 32)[:, None] * np.fft.fft(f['v'], axis=0), axis=0).real
+    assert at_walls[0] > 1.5 and at_walls == pytest.approx(1 + work / kappa, rel=1e-3)
+    assert kappa * mean((v_x - polynomial(f['u'], 1))**2) == pytest.approx(work, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,10 +636,10 @@ ACTIVE = data.SYSTEMS['active_matter']
 
 def make_miniature(folder, seed=0):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulate, 'ALPHAS', ALPHAS)
-        patch.setattr(simulate, 'ZETAS', ZETAS)
-        tiny = dataclasses.replace(simulate.PRESETS['nano'], grid=GRID, dt=0.0625, runs=RUNS, files_at_once=3)
-        patch.setitem(simulate.PRESETS, 'nano', tiny)
+        presets = simulate.SYSTEMS['active_matter'].presets
+        patch.setitem(presets, 'nano', dataclasses.replace(
+            presets['nano'], grid=(GRID, GRID), pairs=[(a, z) for a in ALPHAS for z in ZETAS], runs=RUNS,
+            files_at_once=3, settings={'dt': 0.0625}))
         return simulate.make_dataset('active_matter', folder, 'nano', seed)
 
 
@@ -444,6 +647,25 @@ def make_miniature(folder, seed=0):
 def mini(tmp_path_factory):
     """<data dir>/active_matter as simulate.py writes it: 2 alphas x 2 zetas, 32 x 32, 81 frames. Read only."""
     return make_miniature(tmp_path_factory.mktemp('simulated'))
+
+
+FLUIDS = {                                                               # as the tests simulate them
+    'shear_flow': dict(grid=(16, 32), frames=36, pairs=[(r, s) for r in (50.0, 200.0) for s in (0.5, 2.0)]),
+    'rayleigh_benard': dict(grid=(32, 16), frames=36, pairs=[(r, p) for r in (2e3, 2e4) for p in (0.5, 2.0)]),
+}
+both_fluids = pytest.mark.parametrize('name', FLUIDS)
+
+
+@pytest.fixture(scope='session')
+def fluids(tmp_path_factory):
+    """A data dir with miniatures of shear flow and convection as simulate.py writes them. Read only."""
+    folder = tmp_path_factory.mktemp('fluids')
+    for name, size in FLUIDS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            presets = simulate.SYSTEMS[name].presets
+            patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **size))
+            simulate.make_dataset(name, folder)
+    return folder
 
 
 def linked(root, target):
@@ -581,6 +803,86 @@ def test_simulation_does_not_touch_other_peoples_data(mini, tmp_path):
         assert read_bytes(root) == before
 
 
+@both_fluids
+def test_fluids_have_the_wells_format(fluids, name):
+    """Scalars under The Well's names, grids, boundaries and fields."""
+    nx, ny = FLUIDS[name]['grid']
+    first, second = FLUIDS[name]['pairs'][1]
+    scalars, file, scalar_fields = {
+        'shear_flow': ({'Rayleigh': first, 'Schmidt': second}, 'shear_flow_Reynolds_50_Schmidt_2.hdf5',
+                       ['pressure', 'tracer']),
+        'rayleigh_benard': ({'Prandtl': second, 'Rayleigh': first}, 'rayleigh_benard_Rayleigh_2000_Prandtl_2.hdf5',
+                            ['buoyancy', 'pressure'])}[name]
+    for split, runs in RUNS.items():
+        assert len(files_of(fluids / name, split)) == 4
+        with h5py.File(fluids / name / 'data' / split / file) as f:
+            assert attributes(f) == {'dataset_name': name, 'grid_type': 'cartesian', 'n_spatial_dims': 2,
+                                     'n_trajectories': runs, 'simulation_parameters': list(scalars), **scalars}
+            assert {k: v[()] for k, v in f['scalars'].items()} == pytest.approx(scalars)
+            assert attributes(f['t0_fields']) == {'field_names': scalar_fields}
+            assert attributes(f['t1_fields']) == {'field_names': ['velocity']}
+            assert attributes(f['t2_fields']) == {'field_names': []}
+            for field in scalar_fields:
+                assert f['t0_fields'][field].shape == (runs, 36, nx, ny)
+            assert f['t1_fields/velocity'].shape == (runs, 36, nx, ny, 2)
+            assert np.isfinite(f['t1_fields/velocity'][:]).all() and f['t1_fields/velocity'][:].std() > 1e-4
+            x, y, walls = f['dimensions/x'][:], f['dimensions/y'][:], f['boundary_conditions']
+            if name == 'shear_flow':
+                assert np.allclose(x, np.arange(nx) / nx) and np.allclose(y, 2 * np.arange(ny) / ny - 1)
+                assert np.allclose(f['dimensions/time'], 0.1 * np.arange(36))
+                assert {k: v.attrs['bc_type'] for k, v in walls.items()} == dict.fromkeys(
+                    ('x_periodic', 'y_periodic'), 'PERIODIC')
+            else:
+                assert np.allclose(x, 4 * np.arange(nx) / nx)
+                assert np.allclose(y, (1 - np.cos(np.pi * (np.arange(ny) + 0.5) / ny)) / 2)
+                assert np.allclose(f['dimensions/time'], 0.25 * np.arange(36))
+                assert {k: v.attrs['bc_type'] for k, v in walls.items()} == {'x_periodic': 'PERIODIC', 'y_wall': 'WALL'}
+
+
+@both_fluids
+def test_no_initial_condition_is_in_two_splits(fluids, name):
+    starts = {}
+    for split in RUNS:
+        field = 't1_fields/velocity' if name == 'shear_flow' else 't0_fields/buoyancy'
+        starts[split] = set()
+        for file in files_of(fluids / name, split):
+            with h5py.File(file) as f:
+                starts[split] |= {x[0].tobytes() for x in f[field]}
+                assert len({x[0].tobytes() for x in f[field]}) == len(f[field])
+    assert not starts['train'] & starts['test'] and not (starts['train'] | starts['test']) & starts['valid']
+
+
+def test_unresolved_runs_are_named(tmp_path, capsys):
+    """A thin shear on a coarse grid: the file is written, and the output says that it is not resolved."""
+    with pytest.MonkeyPatch.context() as patch:
+        presets = simulate.SYSTEMS['shear_flow'].presets
+        patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
+            **FLUIDS['shear_flow'], 'frames': 3, 'pairs': [(1e4, 1.0)]}))
+        simulate.make_dataset('shear_flow', tmp_path)
+    assert len(files_of(tmp_path / 'shear_flow')) == 1
+    printed = ''.join(capsys.readouterr())
+    assert 'Reynolds_10000_Schmidt_1.hdf5, train' in printed and 'not resolved' in printed
+
+
+@both_fluids
+def test_the_wells_own_reader_opens_fluids(fluids, name):
+    the_well = pytest.importorskip('the_well.data')
+    nx, ny = FLUIDS[name]['grid']
+    dataset = the_well.WellDataset(path=str(fluids / name), well_split_name='train', n_steps_input=4, n_steps_output=4,
+                                   use_normalization=False)
+    assert dataset.metadata.spatial_resolution == (nx, ny) and len(dataset) == 8 * (36 - 8 + 1)
+    first = 'tracer' if name == 'shear_flow' else 'buoyancy'
+    assert sorted(dataset.metadata.field_names[0]) == sorted([first, 'pressure'])
+    x = dataset[len(dataset) - 1]
+    assert x['input_fields'].shape == (4, nx, ny, 4) and torch.isfinite(x['input_fields']).all()
+    pair = FLUIDS[name]['pairs'][-1]
+    scalars = dict(zip(dataset.metadata.constant_scalar_names, x['constant_scalars'].tolist()))
+    other = 'Schmidt' if name == 'shear_flow' else 'Prandtl'
+    assert (scalars['Rayleigh'], scalars[other]) == pytest.approx(pair)
+    walls = [2, 2] if name == 'shear_flow' else [0, 0]                   # periodic or wall
+    assert x['boundary_conditions'].tolist() == [[2, 2], walls]
+
+
 @pytest.mark.parametrize('normalize', [False, True])
 def test_the_wells_own_reader_opens_it(mini, normalize):
     the_well = pytest.importorskip('the_well.data')
@@ -661,10 +963,55 @@ def test_labels_and_normalization(published):
 
 def test_fields_are_cropped_then_resized(published):
     """As the system says, and bilinearly."""
-    system = dataclasses.replace(ACTIVE, crop=(slice(2, 10), slice(None)))
+    system = dataclasses.replace(ACTIVE, crop=((1 / 8, 5 / 8), (0, 1)))
     split = data.Split(published, system, 'train', resolution=12, progress=False)
     x = torch.tensor(from_file(files_of(published)[1], 1, slice(None))[:, :, 2:10])
     assert torch.allclose(torch.tensor(split.fields[3]), F.interpolate(x, size=(12, 12), mode='bilinear'), atol=1e-6)
+
+
+@pytest.mark.parametrize('name, shape, cut', [
+    ('shear_flow', (256, 512), (slice(None), slice(0, 256))),
+    ('rayleigh_benard', (512, 128), (slice(192, 320), slice(None)))])
+def test_the_papers_part_of_the_domain(tmp_path, name, shape, cut):
+    """Of files of the published shape; labels in log10 under the files' names; `whole` keeps everything."""
+    system, rng, root = data.SYSTEMS[name], np.random.default_rng(0), tmp_path / name
+    scalar = 'tracer' if name == 'shear_flow' else 'buoyancy'
+    other = 'Schmidt' if name == 'shear_flow' else 'Prandtl'
+    (root / 'data' / 'train').mkdir(parents=True)
+    fields = {}
+    for number, value in enumerate((1e4, 1e6)):
+        fields[number] = rng.normal(size=(1, 33, *shape)).astype(np.float32)
+        with h5py.File(root / 'data' / 'train' / f'{number}.hdf5', 'w') as f:
+            f.create_group('dimensions').attrs['spatial_dims'] = ['x', 'y']
+            f['scalars/Rayleigh'], f['scalars/' + other] = value, 0.5
+            f['t0_fields/' + scalar], f['t0_fields/pressure'] = fields[number], fields[number]
+            f['t1_fields/velocity'] = np.stack([fields[number], fields[number]], -1)
+            f.create_group('t2_fields')
+    split = data.Split(root, system, 'train', 0, system.stride, progress=False)
+    assert split.channels == sorted([scalar, 'pressure']) + ['velocity_x', 'velocity_y']
+    assert np.array_equal(split.fields[1, 0], fields[1][0][(slice(None), *cut)])
+    assert split.varying() == ['Rayleigh'] and split.labels(['Rayleigh']).tolist() == [[4], [6]]
+    assert split.periodic == ([True, False] if name == 'shear_flow' else [False, False])
+    small = data.Split(root, system, 'train', 32, progress=False)
+    expected = F.interpolate(torch.tensor(fields[0][0][(slice(None), *cut)])[None], (32, 32), mode='bilinear')
+    assert torch.allclose(torch.tensor(small.fields[0, 0]), expected[0], atol=1e-6)
+    everything = data.Split(root, system, 'train', 0, progress=False, whole=True)
+    assert everything.fields.shape[-2:] == shape and everything.periodic == [True, name == 'shear_flow']
+    assert len(list((root / 'cache').iterdir())) == 6                    # none replaced another
+
+
+def test_gravity_leaves_one_mirror_symmetry(fluids):
+    """Crops of convection keep up and down, and wrap around in x alone."""
+    split = data.Split(fluids / 'rayleigh_benard', data.SYSTEMS['rayleigh_benard'], 'train', whole=True, progress=False)
+    seen = set()
+    for seed in range(40):
+        out = split.load([(7, 20)], frames=1, crop=16, augment=True, seeds=[seed])[0].numpy()
+        for element in (0, 1):
+            image = data.transform(split.fields[7, :, 20:21], split.channels, element)
+            for shift in range(32):
+                if np.array_equal(np.roll(image, -shift, -2)[:, :, :16], out):
+                    seen.add((element, shift))
+    assert len(seen) > 15 and {element for element, _ in seen} == {0, 1}
 
 
 def test_random_crops_stay_inside(published):
@@ -754,6 +1101,450 @@ def test_cache_is_reused_and_rebuilt(published):
     elsewhere = published.parent / 'elsewhere'
     open_split(published, cache_dir=elsewhere)
     assert stamps() == now and len(list(elsewhere.iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# videomae.py
+#
+# testdata/parity_videomae.npz also holds the official state dicts, <model>/state_dict/keys and .../shapes, of
+# videomae_pretrain (4 channels) and videomae_encoder (11 channels).
+
+MINI = dict(width=24, depth=2, heads=2, patch=4, decoder_width=12, decoder_depth=1, decoder_heads=3)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_videomae(channels=3, **settings):
+    torch.manual_seed(0)
+    return VideoMAE(channels, **{**MINI, **settings})
+
+
+def clips(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=seeded(1), dtype=dtype)
+
+
+# VideoMAE: parity with the official implementation
+
+@both_dtypes
+def test_encoder_is_the_official_one(dtype):
+    x, = inputs(dtype, input=(1, 4, 16, 32, 32))
+    model = VideoMAE(4, decoder_depth=1)
+    fill(model.encoder, dtype)
+    check_parity('videomae_encoder', out=model.embed(x), pos_embed_probe=videomae.positions(32, 384, dtype)[:, :8])
+    assert sum(p.numel() for p in model.encoder.parameters()) == 22_076_544
+    assert not model.embed(x).requires_grad
+
+
+@both_dtypes
+def test_pretraining_is_the_official_one(dtype, monkeypatch):
+    """Predicted and target pixels of the hidden tokens, and the loss; place 0 of 4 is visible."""
+    x, = inputs(dtype, input=(1, 4, 16, 32, 32))
+    x = x.detach()
+    model = fill(VideoMAE(4), dtype)
+    assert sum(p.numel() for p in model.parameters()) == 24_324_800
+    masked = torch.tensor([[False, True, True, True]])
+    with torch.no_grad():
+        patches = videomae.patchify(x, 2, 16)
+        prediction, hidden = model.reconstruct(patches, masked)
+        check_parity('videomae_pretrain', out=prediction,
+                     labels=videomae.normalized_pixels(videomae.take(patches, hidden)))
+        monkeypatch.setattr(videomae, 'tube_masks', lambda *a: masked.repeat(2, 1))
+        check_parity('videomae_pretrain', loss=model(x, x)['loss'])
+
+
+@pytest.mark.parametrize('name, network', [('videomae_encoder', lambda: videomae.Encoder(11)),
+                                           ('videomae_pretrain', lambda: VideoMAE(4))], ids=['encoder', 'pretrain'])
+def test_parameters_have_the_official_names(name, network):
+    """And shapes: nothing else is in the state dict, the position table least of all."""
+    shapes = [tuple(map(int, s.split(','))) for s in PARITY[f'{name}/state_dict/shapes']]
+    official = dict(zip(PARITY[f'{name}/state_dict/keys'].tolist(), shapes))
+    assert {k: tuple(v.shape) for k, v in network().state_dict().items()} == official
+
+
+def test_initial_weights():
+    """Xavier in the networks, no bias, PyTorch's default in the layer between them; the sizes are the paper's two."""
+    model = VideoMAE(3, **videomae.SIZES['tiny'], depth=1)
+    state = model.state_dict()
+    for key, fans in ('encoder.blocks.0.attn.qkv', 4 * 192), ('decoder.head', 192 + 1536), ('encoder_to_decoder', None):
+        bound = (6 / fans)**0.5 if fans else 192**-0.5
+        assert 0.98 * bound < state[key + '.weight'].abs().max() <= bound, key
+    assert all((v == 0).all() for k, v in state.items() if k.endswith('bias') and 'patch_embed' not in k)
+    assert 0 < state['mask_token'].abs().max() <= 0.02
+    assert model.encoder.blocks[0].attn.heads == 3
+    assert {k: s['width'] // s['heads'] for k, s in videomae.SIZES.items()} == {'tiny': 64, 'small': 64}
+
+
+# VideoMAE: masks
+
+@pytest.mark.parametrize('places, ratio, hidden', [(196, 0.9, 176), (64, 0.9, 57), (10, 0.75, 7), (2, 0.9, 1)])
+def test_masks_hide_the_same_number_in_every_clip(places, ratio, hidden):
+    masked = videomae.tube_masks(5, places, ratio, seeded())
+    assert masked.shape == (10, places) and (masked.sum(1) == hidden).all()
+    assert torch.equal(masked, videomae.tube_masks(5, places, ratio, seeded()))
+    if places >= 64:
+        assert len(masked.unique(dim=0)) == 10                           # each clip its own
+        assert not torch.equal(masked, videomae.tube_masks(5, places, ratio, seeded(1)))
+
+
+def test_masks_hide_every_place_equally_often():
+    often = videomae.tube_masks(2000, 16, 0.75, seeded()).double().mean(0)
+    assert (often - 0.75).abs().max() < 0.04                             # six standard deviations
+
+
+def test_masks_are_tubes():
+    """Tokens in order t, h, w: the same places in each time slot."""
+    masked = videomae.tube_masks(3, 16, 0.75, seeded())
+    for b, hidden in enumerate(videomae.tube_tokens(masked, 8)):
+        flags = torch.zeros(8 * 16, dtype=torch.bool)
+        flags[hidden] = True
+        assert torch.equal(flags.view(8, 16), masked[b].expand(8, 16))
+        assert torch.equal(hidden, hidden.sort().values)
+
+
+@pytest.mark.parametrize('places, ratio', [(1, 0.9), (64, 1.0), (64, 0.01), (64, 1.5), (64, -0.5)])
+def test_masks_that_leave_nothing_to_do_are_refused(places, ratio):
+    with pytest.raises(ValueError, match=f'mask ratio {ratio} hides .* of {places} patches'):
+        videomae.tube_masks(2, places, ratio, seeded())
+
+
+def test_ranks_hide_what_one_process_hides():
+    """Rows of the global batch are in rank order, of context as of target."""
+    whole = videomae.tube_masks(6, 16, 0.75, seeded()).view(2, 6, 16)
+    parts = [videomae.tube_masks(2, 16, 0.75, seeded(), rank, 3).view(2, 2, 16) for rank in range(3)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+
+def test_ranks_train_like_one_process(monkeypatch):
+    """The mean of two ranks' gradients is one process's, and both report the losses of the global batch."""
+    model = small_videomae(mask_ratio=0.75).double()
+    context, target = clips(2, 4, 3, 4, 16, 16, dtype=torch.float64)
+    parts = [(context[:2], target[:2]), (context[2:], target[2:])]
+
+    def step(x, y):
+        losses = model(x, y, seeded())
+        return losses, torch.autograd.grad(losses['loss'], list(model.parameters()))
+
+    one, expected = step(context, target)
+    sent, total = [], None
+
+    def all_reduce(values):
+        sent.append(values.clone())
+        values.copy_(sent[-1] if total is None else total)
+
+    monkeypatch.setattr(videomae.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(videomae.dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(videomae.dist, 'all_reduce', all_reduce)
+    for attempt in range(2):                                             # first to learn what each rank sends
+        ranks = []
+        for rank in range(2):
+            monkeypatch.setattr(videomae.dist, 'get_rank', lambda: rank)
+            ranks.append(step(*parts[rank]))
+        total = sent[0] + sent[1]
+    assert not torch.allclose(sent[0], sent[1], rtol=1e-3)
+    for losses, _ in ranks:
+        for name, value in one.items():
+            assert losses[name].item() == pytest.approx(value.item(), rel=1e-10), name
+    for e, a, b in zip(expected, *(gradient for _, gradient in ranks)):
+        assert torch.allclose((a + b) / 2, e, rtol=1e-10, atol=1e-14)
+
+
+# VideoMAE: the reconstruction
+
+def test_patches_tile_the_clip():
+    """In order t, h, w; pixels of a patch in the same order, channels innermost; and back."""
+    x = clips(2, 3, 4, 6, 8)
+    patches = videomae.patchify(x, 2, 2)
+    assert patches.shape == (2, 2 * 3 * 4, 8, 3)
+    for t, h, w in (0, 0, 0), (1, 2, 1), (1, 0, 3):
+        tubelet = x[1, :, 2 * t:2 * t + 2, 2 * h:2 * h + 2, 2 * w:2 * w + 2]
+        assert torch.equal(patches[1, (t * 3 + h) * 4 + w], tubelet.permute(1, 2, 3, 0).reshape(8, 3))
+    assert torch.equal(videomae.unpatchify(patches, x.shape, 2, 2), x)
+
+
+def test_patch_embedding_is_a_convolution():
+    embed, x = videomae.Encoder(3, 24, 0, 2, patch=4).patch_embed, clips(2, 3, 4, 8, 12)
+    expected = embed.proj(x).flatten(2).transpose(1, 2)
+    assert torch.allclose(embed(videomae.patchify(x, 2, 4)), expected, rtol=0, atol=1e-5)
+
+
+def test_target_is_normalised_per_patch_and_channel():
+    """Whatever scale and offset a channel has, and with the variance divided by n - 1; no gradient flows through."""
+    patches = clips(5, 8, 3, dtype=torch.float64)
+    target = videomae.normalized_pixels(patches.clone().requires_grad_())
+    assert not target.requires_grad
+    expected = (patches - patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True) + 1e-6)
+    assert torch.allclose(target, expected.flatten(1), rtol=1e-12)
+    scaled = videomae.normalized_pixels(torch.tensor([1.0, 10.0, 100.0]) * patches + 7)
+    assert torch.allclose(scaled, target, rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_sees_visible_patches_only():
+    model, context, target = small_videomae(mask_ratio=0.75), *clips(2, 2, 3, 4, 16, 16)
+    masked = videomae.tube_masks(2, 16, 0.75, seeded())
+
+    def embedding(change, seen):
+        """With one pixel of every frame changed, in the first visible or hidden place of each clip."""
+        x = torch.cat([context, target])
+        for b in range(4):
+            place = (masked[b] != seen).nonzero()[0].item()
+            x[b, :, :, place // 4 * 4, place % 4 * 4] += change
+        model(x[:2], x[2:], seeded())
+        return model.embedding
+
+    assert embedding(0, False).shape == (4, 24, 2, 4) and not model.embedding.requires_grad
+    assert torch.equal(embedding(9, False), embedding(0, False))
+    assert (embedding(9, True) - embedding(0, True)).abs().amax((1, 2, 3)).min() > 1e-3
+    spread, rank = train.embedding_health(model.embedding)
+    assert 0 < spread < 10 and 1 < rank <= 24
+
+
+def test_embedding_of_visible_tokens_is_in_place():
+    """Without attention's mixing, what the encoder makes of a visible token is what it makes of it among all."""
+    model, x = small_videomae(depth=0, mask_ratio=0.75), clips(2, 1, 3, 4, 16, 16)
+    model(*x, seeded())
+    every = model.embed(x.flatten(0, 1)).transpose(1, 2).reshape(2, 24, 2, 16)         # (2, D, t, places)
+    for b, masked in enumerate(videomae.tube_masks(1, 16, 0.75, seeded())):
+        assert torch.allclose(model.embedding[b], every[b][:, :, ~masked], atol=1e-6)
+
+
+def test_every_parameter_learns():
+    model, x = small_videomae(), clips(2, 2, 3, 4, 16, 16)
+    model(*x, seeded())['loss'].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_training_reduces_the_loss():
+    """One clip of a travelling wave is learnt, far below what predicting the mean scores, 1 - 1/n."""
+    model = small_videomae(1, mask_ratio=0.75)
+    i = torch.arange(16.0)
+    x = (i[:, None] / 2 + i / 3 - torch.arange(8.0)[:, None, None]).sin()[None, None]  # (1, 1, 8, 16, 16)
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=1e-2), seeded()
+    for _ in range(200):
+        losses = model(x, x, generator)
+        optimizer.zero_grad()
+        losses['loss'].backward()
+        optimizer.step()
+    assert losses['loss'].item() < 0.25
+
+
+def test_constant_clip_is_harmless():
+    model, x = small_videomae(), torch.full((2, 1, 3, 4, 16, 16), 1.7)
+    losses = model(*x, seeded())
+    losses['loss'].backward()
+    assert all(v.isfinite() for v in losses.values()) and losses['loss'] < 100
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('shape', [(16, 16, 16), (4, 8, 24), (16, 32, 16), (16, 16, 16)])
+def test_any_size_that_patches_tile(shape):
+    """One model, several sizes in turn; positions are those of the number of tokens at hand."""
+    model, x, n = small_videomae().eval(), clips(2, 2, 3, *shape), shape[0] // 2 * shape[1] // 4 * shape[2] // 4
+    assert model(*x, seeded())['loss'].isfinite()
+    tokens = model.embed(x[0])
+    assert tokens.shape == (2, n, 24)
+    assert torch.allclose(tokens, model.encoder(videomae.patchify(x[0], 2, 4), torch.arange(n).expand(2, n)), atol=1e-5)
+
+
+def test_bfloat16_autocast():
+    """The errors and their spectrum are taken in float32."""
+    model, x = small_videomae(), clips(2, 2, 3, 4, 16, 16)
+    exact = model(*x, seeded())
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = model(*x, seeded())
+    losses['loss'].backward()
+    for name, value in losses.items():
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(exact[name].item(), rel=0.05), name
+    assert sum(losses[k] for k in ('low', 'mid', 'high')).item() == pytest.approx(losses['loss'].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(16, 15, 16), (16, 16, 18), (15, 16, 16), (16, 2, 16)])
+def test_clips_that_patches_do_not_tile_are_refused(shape):
+    model, x = small_videomae(), torch.zeros(2, 1, 3, *shape)
+    said = f'{shape[0]} frames of {shape[1]} x {shape[2]}'
+    with pytest.raises(ValueError, match=f'^patches of 2 frames and 4 x 4 pixels do not tile {said}$'):
+        model(*x, seeded())
+    with pytest.raises(ValueError, match=said):
+        model.embed(x[0])
+
+
+@pytest.mark.parametrize('settings', [dict(width=24, heads=5), dict(decoder_width=12, decoder_heads=5)])
+def test_heads_that_do_not_divide_the_width_are_refused(settings):
+    with pytest.raises(ValueError, match='width (24|12) is not divisible by 5 heads'):
+        small_videomae(**settings)
+
+
+# VideoMAE: the error at different scales
+
+@pytest.mark.parametrize('H, W', [(12, 12), (16, 16), (9, 7), (8, 15), (5, 12)])
+def test_bands_add_up(H, W):
+    """And each is the sum over its wavenumbers of the whole transform, written out."""
+    x = clips(3, 2, H, W, dtype=torch.float64)
+    power = np.abs(np.fft.fft2(x.numpy()))**2 / (H * W)
+    expected = np.zeros(3)
+    for i in range(H):
+        for j in range(W):
+            k = np.hypot(min(i, H - i) / H, min(j, W - j) / W) / 0.5     # 1: half a cycle per pixel
+            expected[0 if k < 1 / 3 - 1e-9 else 1 if k < 2 / 3 - 1e-9 else 2] += power[:, :, i, j].sum()
+    assert np.allclose(videomae.band_energies(x), expected, rtol=1e-6)
+    assert np.allclose(expected.sum(), x.square().sum(), rtol=1e-12)
+
+
+def test_bands_of_the_loss_add_up():
+    model, x = small_videomae().double(), clips(2, 2, 3, 4, 16, 12, dtype=torch.float64)
+    losses = model(*x, seeded())
+    assert sum(losses[k] for k in ('low', 'mid', 'high')).item() == pytest.approx(losses['loss'].item(), rel=1e-12)
+    assert all(losses[k] > 0.01 * losses['loss'] and not losses[k].requires_grad for k in ('low', 'mid', 'high'))
+
+
+@pytest.mark.parametrize('k, band', [
+    ((0, 0), 'low'), ((1, 2), 'low'), ((0, 2), 'low'), ((3, 0), 'mid'), ((2, 2), 'mid'), ((5, 0), 'mid'),
+    ((0, 6), 'high'), ((4, 4), 'high'), ((-5, 3), 'high'), ((8, 8), 'high')])
+def test_an_error_of_one_wavenumber_is_of_its_band(k, band, monkeypatch):
+    """Through `forward`: a prediction off by one wave everywhere, tokens in any order. Bands end at 8/3, 16/3."""
+    model, shape = small_videomae(), (2, 3, 4, 16, 16)
+    i = torch.arange(16) * 2 * torch.pi / 16
+    wave = (k[0] * i[:, None] + k[1] * i).cos().expand(shape)
+    order = torch.randperm(2 * 16, generator=seeded())
+
+    def off_by_a_wave(patches, masked):
+        prediction = videomae.normalized_pixels(patches) + videomae.patchify(wave, 2, 4).flatten(2)
+        return prediction[:, order], order.expand(2, -1)
+
+    monkeypatch.setattr(model, 'reconstruct', off_by_a_wave)
+    losses = model(*clips(2, 1, *shape[1:]))
+    expected = wave.square().mean().item()
+    assert losses['loss'] == pytest.approx(expected, rel=1e-5)
+    for name in 'low', 'mid', 'high':
+        assert losses[name] == pytest.approx(expected if name == band else 0, rel=1e-5, abs=1e-6), name
+
+
+def test_error_is_zero_where_visible(monkeypatch):
+    """What the bands see of an error of one: the hidden patches, and nothing around them."""
+    model, x = small_videomae(mask_ratio=0.75), clips(2, 2, 3, 4, 16, 16)
+    seen = []
+    split = videomae.band_energies
+    monkeypatch.setattr(videomae, 'band_energies', lambda e: seen.append(e) or split(e))
+    monkeypatch.setattr(videomae, 'normalized_pixels', lambda patches: torch.zeros_like(patches.flatten(-2)))
+    monkeypatch.setattr(model.decoder, 'forward', lambda tokens, hidden: torch.ones(4, hidden, 2 * 4 * 4 * 3))
+    losses = model(*x, seeded())
+    masked = videomae.tube_masks(2, 16, 0.75, seeded()).view(4, 1, 1, 4, 4).float()
+    assert torch.equal(seen[0], F.interpolate(masked, (1, 16, 16)).expand(4, 3, 4, 16, 16))
+    assert losses['loss'] == 1
+
+
+# VideoMAE: published checkpoints
+
+def official_checkpoint(state, prefix=''):
+    """As the official code saves it, its run's flags included."""
+    return {'model': {prefix + k: v for k, v in state.items()}, 'epoch': 799, 'optimizer': {'state': {}},
+            'scaler': {'scale': 65536.0}, 'args': argparse.Namespace(mask_ratio=0.9, window_size=(8, 14, 14), lr=1e-3)}
+
+
+def pretrained(channels=3, **settings):
+    """A model unlike `small_videomae()` in every parameter."""
+    model = small_videomae(channels, **settings)
+    for i, p in enumerate(model.parameters()):
+        p.data.normal_(generator=seeded(i))
+    return model
+
+
+@pytest.mark.parametrize('form', ['checkpoint', 'module.', 'bare', 'double'])
+def test_videomae_checkpoints_load(tmp_path, form, capsys):
+    theirs, ours = pretrained().state_dict(), small_videomae()
+    if form == 'double':
+        ours = ours.double()
+    prefix = 'module.' if form == 'module.' else ''
+    torch.save(theirs if form == 'bare' else official_checkpoint(theirs, prefix), tmp_path / 'checkpoint.pth')
+    videomae.load_official(ours, tmp_path / 'checkpoint.pth')
+    for k, v in ours.state_dict().items():
+        assert torch.equal(v, theirs[k].to(v.dtype)), k
+    assert capsys.readouterr().out == ''
+
+
+def test_encoder_alone_loads(tmp_path, capsys):
+    theirs, ours = pretrained().encoder.state_dict(), small_videomae()
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    torch.save(theirs, tmp_path / 'encoder.pth')
+    videomae.load_official(ours, tmp_path / 'encoder.pth')
+    for k, v in ours.state_dict().items():
+        assert torch.equal(v, theirs[k.removeprefix('encoder.')] if k.startswith('encoder.') else before[k]), k
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and 'encoder only' in said
+
+
+def test_checkpoints_of_other_channels_load(tmp_path, capsys):
+    """A field that is equal in all channels is embedded as before; all but patch embedding and head is as there."""
+    theirs, ours = pretrained(3), small_videomae(5)
+    head = {k: v.clone() for k, v in ours.decoder.head.state_dict().items()}
+    torch.save(official_checkpoint(theirs.state_dict()), tmp_path / 'checkpoint.pth')
+    videomae.load_official(ours, tmp_path / 'checkpoint.pth')
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and 'mean over its 3 channels x 3/5' in said and 'head stays' in said
+    x = clips(2, 1, 4, 16, 16)
+    assert torch.allclose(ours.embed(x.expand(2, 5, 4, 16, 16)), theirs.embed(x.expand(2, 3, 4, 16, 16)), atol=1e-4)
+    weight, theirs = ours.encoder.patch_embed.proj.weight, theirs.state_dict()
+    assert torch.equal(weight[:, :1].expand_as(weight), weight)
+    for k, v in ours.state_dict().items():
+        if k.startswith('decoder.head'):
+            assert torch.equal(v, head[k.removeprefix('decoder.head.')]), k
+        elif k != 'encoder.patch_embed.proj.weight':
+            assert torch.equal(v, theirs[k]), k
+
+
+@pytest.mark.parametrize('fault', ['missing', 'extra', 'shape', 'missing head', 'encoder missing', 'jepa'])
+def test_checkpoints_of_another_model_are_refused(tmp_path, fault):
+    model, key = small_videomae(), 'encoder.blocks.1.mlp.fc1.weight'
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = pretrained(4 if fault == 'missing head' else 3).state_dict()
+    if fault == 'missing':
+        del state[key]
+    elif fault == 'extra':
+        key = 'encoder.head.weight'
+        state[key] = torch.zeros(3)
+    elif fault == 'shape':
+        state[key] = state[key][:-1]
+    elif fault == 'missing head':
+        key = 'decoder.head.bias'
+        del state[key]
+    elif fault == 'encoder missing':
+        state = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.') and k != key}
+    else:
+        key = 'decoder.blocks.0.attn.proj.bias'
+        state = {'encoder.downsample_layers.0.0.weight': torch.zeros(3)}
+    torch.save({'model': state}, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=re.escape(key)) as e:
+        videomae.load_official(model, tmp_path / 'other.pth')
+    assert str(e.value).isprintable()                                    # one line
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())       # not half loaded
+
+
+class Code:
+    """Unpickling this would run code."""
+
+    def __reduce__(self):
+        return pytest.fail, ('a checkpoint ran code',)
+
+
+@pytest.mark.parametrize('content', ['empty', 'text', 'truncated', 'code', 'pickle', 'list', 'nested', 'nothing'])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    path = tmp_path / 'file.pth'
+    things = {'code': {'model': Code()}, 'list': [torch.zeros(3)], 'nested': {'epoch': 3, 'weights': {}}, 'nothing': {}}
+    if content in things:
+        torch.save(things[content], path)
+    elif content == 'truncated':
+        torch.save(official_checkpoint(small_videomae().state_dict()), path)
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        path.write_bytes({'empty': b'', 'text': b'not found\n', 'pickle': pickle.dumps(Code(), 2)}[content])
+    with pytest.raises(ValueError, match=re.escape(f'{path} ') + '(is not a readable checkpoint|holds no state)') as e:
+        videomae.load_official(small_videomae(), path)
+    assert str(e.value).isprintable()                                    # one line
+    with pytest.raises(FileNotFoundError):
+        videomae.load_official(small_videomae(), tmp_path / 'nowhere.pth')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -983,6 +1774,22 @@ def test_eval_reports_the_table(well, trained, tmp_path):
     alpha, zeta = (((asked - seen.mean(0)) / seen.std(0))**2).mean(0)    # z-scored by the training files
     expected = {'alpha': alpha, 'zeta': zeta, 'mean': (alpha + zeta) / 2}
     assert result['rows']['predict the mean']['linear'] == pytest.approx(expected)
+
+
+@both_fluids
+def test_fluids_train_and_evaluate(fluids, tmp_path, name):
+    """The same commands; the Reynolds number goes by its own name."""
+    root = linked(fluids / name, tmp_path / 'data' / name)
+    (root / 'simulated.json').unlink()
+    flags = [*TINY, '--resolution', 0, '--steps', 3, '--data', name, '--out', 'out/a']
+    said = run('train.py', *flags, cwd=tmp_path).stdout
+    assert ('Reynolds' if name == 'shear_flow' else 'Rayleigh') in said
+    run('eval.py', '--epochs', 2, cwd=tmp_path)
+    result = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())
+    assert result['labels'] == (['Reynolds', 'Schmidt'] if name == 'shear_flow' else ['Prandtl', 'Rayleigh'])
+    paper = result['rows'].pop('JEPA, the paper')
+    assert paper == {'attentive': {'mean': 0.38 if name == 'shear_flow' else 0.13}}
+    assert all(np.isfinite(list(scores.values())).all() for row in result['rows'].values() for scores in row.values())
 
 
 # ---------------------------------------------------------------------------------------------

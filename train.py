@@ -1,14 +1,14 @@
 """
 Pretrain an encoder on windows of physical fields.
 
-    python train.py --data active_matter                          # one process, CPU or GPU
-    torchrun train.py --data active_matter                        # the same, under torchrun
-    torchrun --nproc_per_node=8 train.py --data active_matter     # data parallel, one process per GPU
+    python train.py --data active_matter                          # JEPA, in one process, CPU or GPU
+    torchrun train.py --data active_matter --model videomae       # its rival; torchrun, if you like
+    torchrun --nproc_per_node=8 train.py --data shear_flow        # data parallel, one process per GPU
 
 With no dataset on disk, a small one is simulated first. Running the same command again resumes from
 the last checkpoint. Two presets: `nano` (a laptop, simulated data) and `paper` (the paper's sizes);
 defaults < preset < flags. Everything random in step s is drawn from (seed, s), so a run that is
-killed and resumed, or split over ranks, sees the same windows, crops and loss chunks.
+killed and resumed, or split over ranks, sees the same windows, crops, loss chunks and masks.
 """
 import os
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors, read by torch
@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset
 from jepa import JEPA
+from videomae import SIZES, VideoMAE
 
 
 def option(default, help):
@@ -45,38 +46,46 @@ def option(default, help):
 class Config:
     """Everything a run depends on; saved in its checkpoint. Zero often means: what the preset or system says."""
     data: str = option('active_matter', 'system: ' + ', '.join(SYSTEMS))
+    model: str = option('jepa', 'jepa or videomae')
     preset: str = option('auto', 'nano, paper, or auto: nano on data simulated by the nano preset, else paper')
     data_dir: str = option('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
     cache_dir: str = option('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
-    out: str = option('', 'folder of checkpoint and log (default: out/<system>-jepa-<preset>-seed<seed>)')
+    out: str = option('', 'folder of checkpoint and log (default: out/<system>-<model>-<preset>-seed<seed>)')
     # what the encoder sees
     resolution: int = option(224, 'side the fields are resized to; 0 keeps the file\'s')
+    whole: bool = option(False, 'keep the whole domain; else the part the paper uses (of shear flow and convection)')
     crop: int = option(0, 'side of the random square cut from each training window; 0: the whole field')
-    stride: int = option(0, 'frames between window starts; 0: the system\'s (active matter 1)')
-    noise: float = option(-1.0, 'std of Gaussian noise added to the inputs; -1: the system\'s (active matter 1)')
+    stride: int = option(0, 'frames between window starts; 0: the system\'s (active matter 1, others 4)')
+    noise: float = option(-1.0, 'std of Gaussian noise added to the inputs; -1: the system\'s (convection 0, others 1)')
     normalize: bool = option(False, 'z-score each channel with the training split\'s mean and std')
-    augment: bool = option(False, 'random flips and quarter turns, and periodic shifts')
+    augment: bool = option(False, 'random shifts and mirrorings under which the equations are the same')
     paired: bool = option(True, 'crop and augment context and target alike; false: each on its own, so that only '
                                 'what the whole run shares can be predicted')
-    # model
+    # JEPA
     widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
     blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
-    # loss
     sim_coeff: float = option(2.0, 'weight of the invariance term')
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
+    # VideoMAE
+    size: str = option('small', 'of the encoder: tiny (192 wide, 3 heads) or small (384, 6)')
+    depth: int = option(12, 'transformer blocks of the encoder')
+    patch: int = option(16, 'side of a tubelet, which is two frames long')
+    decoder_width: int = option(192, 'width of the decoder, 64 a head')
+    decoder_depth: int = option(4, 'transformer blocks of the decoder')
+    mask_ratio: float = option(0.9, 'share of the patches that is hidden')
     # optimisation
     batch: int = option(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = option(8, 'windows per forward pass, over all ranks: the loss sees these together')
-    epochs: float = option(30.0, 'passes over the training windows')
+    epochs: float = option(0.0, 'passes over the training windows; 0: the system\'s (shear flow 6, others 30)')
     steps: int = option(0, 'optimizer steps; 0: as many as `epochs` need')
-    lr: float = option(0.0, 'peak learning rate; 0: the system\'s (active matter 1e-3)')
+    lr: float = option(0.0, 'peak learning rate; 0: the system\'s (active matter 1e-3, others 1e-4)')
     min_lr: float = option(1e-6, 'learning rate at the end')
-    warmup_epochs: float = option(2.0, 'linear warmup, in epochs')
+    warmup_epochs: float = option(-1.0, 'linear warmup, in epochs; -1: the system\'s (active matter 2, others 6)')
     weight_decay: float = option(0.05, 'AdamW weight decay')
     seed: int = option(0, 'seed of everything random')
     # machine
@@ -85,12 +94,19 @@ class Config:
     save_every: int = option(100, 'steps between checkpoints')
 
 
+# the defaults above are arXiv 2603.13227's
 PRESETS = {
-    'paper': {},                                                         # the defaults above are arXiv 2603.13227's
-    'nano': dict(resolution=64, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
-                 widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
-                 sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
-                 batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5),
+    'jepa': {
+        'paper': {},
+        'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
+                     widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
+                     sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
+                     batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5)},
+    'videomae': {
+        'paper': dict(noise=0.0, lr=1.5e-4),                             # its target is the pixels: no noise on them
+        'nano': dict(resolution=0, whole=True, noise=0.0, normalize=True, augment=True,
+                     size='tiny', depth=4, patch=8, decoder_width=64, decoder_depth=2,
+                     batch=32, micro_batch=32, steps=1000, lr=1e-3, warmup_epochs=0.5)},
 }
 
 
@@ -121,14 +137,18 @@ def resolve(flags, simulated_preset):
     c = Config(**flags)
     if c.preset == 'auto':
         c.preset = 'nano' if simulated_preset == 'nano' else 'paper'
-    if c.preset not in PRESETS:
-        raise ValueError(f'unknown preset {c.preset!r}: choose from auto, {", ".join(PRESETS)}')
-    c = Config(**{**PRESETS[c.preset], **flags, 'preset': c.preset})
+    if c.model not in PRESETS:
+        raise ValueError(f'unknown model {c.model!r}: choose from {", ".join(PRESETS)}')
+    if c.preset not in PRESETS[c.model]:
+        raise ValueError(f'unknown preset {c.preset!r}: choose from auto, {", ".join(PRESETS[c.model])}')
+    c = Config(**{**PRESETS[c.model][c.preset], **flags, 'preset': c.preset})
     system = SYSTEMS[c.data]
     c.stride = c.stride or system.stride
     c.noise = system.noise if c.noise < 0 else c.noise
     c.lr = c.lr or system.lr
-    c.out = c.out or f'out/{c.data}-jepa-{c.preset}-seed{c.seed}'
+    c.epochs = c.epochs or system.epochs
+    c.warmup_epochs = system.warmup_epochs if c.warmup_epochs < 0 else c.warmup_epochs
+    c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}-seed{c.seed}'
     if c.device == 'auto':
         c.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if c.dtype == 'auto':
@@ -140,21 +160,40 @@ def resolve(flags, simulated_preset):
         raise ValueError(f'device {c.device!r} is not to be had here: --device cpu always is')
     if c.micro_batch < 1 or c.batch % c.micro_batch:
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
-    side = c.crop or c.resolution
-    if min(c.crop, c.resolution) < 0 or side % 16 or c.resolution % 16 and not c.crop:
-        raise ValueError(f'the encoder halves space four times: {side} is not divisible by 16; '
-                         f'choose another --resolution or --crop')
+    if c.size not in SIZES:
+        raise ValueError(f'unknown size {c.size!r}: choose from {", ".join(SIZES)}')
+    if c.resolution:
+        check_size(c, (c.resolution, c.resolution))
     return c
+
+
+def check_size(c, shape):
+    """Raise ValueError if the model cannot take training windows cut from fields of `shape`."""
+    unit = 16 if c.model == 'jepa' else c.patch
+    if c.crop > min(shape):
+        raise ValueError(f'crop {c.crop} is larger than the fields, {shape[0]} x {shape[1]}')
+    for side in (c.crop,) if c.crop else shape:
+        if side % unit or side < 1:
+            raise ValueError(f'{c.model} needs sides divisible by {unit}, not {side}: choose another --resolution or '
+                             f'--crop')
 
 
 # ---------------------------------------------------------------------------------------------
 # model and checkpoints
 
 def build_model(c, channels):
-    """The model of a Config, freshly initialised from its seed."""
+    """The model of a Config, freshly initialised from its seed.
+
+    A model is a module with an `encoder`, forward(context, target, generator) -> {'loss': ..., other terms},
+    `embedding`, the last one, for the log, and embed(x) -> tokens, for the probes.
+    """
     torch.manual_seed(c.seed)
-    model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
-                 c.standardize, c.residual, c.paired)
+    if c.model == 'jepa':
+        model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
+                     c.standardize, c.residual, c.paired)
+    else:
+        model = VideoMAE(channels, **SIZES[c.size], depth=c.depth, patch=c.patch, decoder_width=c.decoder_width,
+                         decoder_depth=c.decoder_depth, decoder_heads=c.decoder_width // 64, mask_ratio=c.mask_ratio)
     return model.double() if c.dtype == 'float64' else model
 
 
@@ -280,7 +319,7 @@ def train(flags):
     c = resolve({**flags, 'data_dir': str(data_dir)}, simulated)
     if c.micro_batch % world:
         raise ValueError(f'micro_batch {c.micro_batch} does not divide over {world} ranks')
-    open_split = lambda: Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, progress=master)
+    open_split = lambda: Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, master, c.whole)
     data = open_split() if master else None
     if world > 1:
         dist.barrier()
@@ -288,8 +327,7 @@ def train(flags):
     labels = data.varying()
     if not labels:
         raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
-    if c.crop > min(data.fields.shape[-2:]):
-        raise ValueError(f'crop {c.crop} is larger than the fields, {data.fields.shape[-2:]}')
+    check_size(c, data.fields.shape[-2:])
     mean, std = data.normalization(c.normalize)
     label_values = data.labels(labels)
 
@@ -329,10 +367,10 @@ def train(flags):
         os.replace(part, log_path)
 
     say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
-        f'labels {", ".join(labels)}')
-    say(f'preset {c.preset} on {torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}, {c.dtype}; '
-        f'{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, '
-        f'{sum(p.numel() for p in model.predictor.parameters()):,} in the predictor')
+        f'labels {", ".join(dict(system.shown).get(name, name) for name in labels)}')
+    in_encoder, in_all = (sum(p.numel() for p in m.parameters()) for m in (model.encoder, model))
+    say(f'{c.model}, preset {c.preset} on {torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}, '
+        f'{c.dtype}; {in_encoder:,} parameters in the encoder, {in_all - in_encoder:,} beside it')
     side = (c.crop, c.crop) if c.crop else data.fields.shape[-2:]
     say(f'{windows} windows of {FRAMES} + {FRAMES} frames at {side[0]} x {side[1]}; a step takes {c.batch} of them = '
         f'{accumulate} accumulation(s) x {world} rank(s) x {c.micro_batch // world}; '
@@ -382,11 +420,11 @@ def train(flags):
                 if c.noise > 0:
                     g = torch.Generator(device).manual_seed(((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank)
                     x = x + c.noise * torch.randn(x.shape, generator=g, device=device, dtype=real)
-                chunks = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)       # same on all ranks
+                generator = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)    # same on all ranks
                 last = micro == accumulate - 1
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with autocast():
-                        losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], chunks)
+                        losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator)
                     (losses['loss'] / accumulate).backward()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.item() / accumulate
