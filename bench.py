@@ -27,9 +27,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import simulate
+import solvers
 from data import FRAMES, SYSTEMS, WINDOW, Split
 from jepa import JEPA, ChannelNorm, DepthwiseConv3d
+from probe import AttentiveProbe
 from train import keep_freed_memory, peak_memory
+from videomae import SIZES, VideoMAE, positions, tube_masks
 
 ROWS = []
 
@@ -161,47 +164,181 @@ def one_batch(device):
     row('encoding context and target: two calls, one batch', plain_s * 1e3, ours_s * 1e3, 'ms')
 
 
-def read_hdf5(f, trajectory, t, resolution):
-    """One window (C, 32, H, W) straight from The Well's file: the preprocessing of data.py, no cache."""
-    fields = [f[group][name][trajectory, t:t + WINDOW] for group in ('t0_fields', 't1_fields', 't2_fields')
+def plain_attention(attn, x):
+    """videomae.Attention with its softmax written out."""
+    B, N, D = x.shape
+    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    q, k, v = F.linear(x, attn.qkv.weight, bias).view(B, N, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) * (D // attn.heads)**-0.5).softmax(dim=-1)       # (B, heads, N, N)
+    return attn.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
+
+
+def plain_videomae(model, x, masked):
+    """The loss of clips x (B, C, T, H, W), masked (B, h * w), one clip at a time: every patch is embedded, then
+    the visible ones are kept; attention is written out; no spectrum of the error."""
+    def transform(blocks, z):
+        for block in blocks:
+            z = z + plain_attention(block.attn, block.norm1(z))
+            z = z + block.mlp(block.norm2(z))
+        return z
+
+    losses = []
+    encoder, decoder, s, P = model.encoder, model.decoder, model.tubelet, model.patch
+    for clip, places in zip(x, masked.to(x.device)):
+        C, T, H, W = clip.shape
+        hidden = places.repeat(T // s)                                   # (N,)
+        z = encoder.patch_embed.proj(clip[None]).flatten(2).transpose(1, 2)            # (1, N, D)
+        z = z + positions(len(hidden), z.shape[2], device=x.device)
+        z = model.encoder_to_decoder(encoder.norm(transform(encoder.blocks, z[:, ~hidden])))
+        position = positions(len(hidden), z.shape[2], device=x.device)
+        z = torch.cat([z + position[~hidden], model.mask_token + position[hidden]], dim=1)
+        z = decoder.head(decoder.norm(transform(decoder.blocks, z)[:, -int(hidden.sum()):]))
+        with torch.no_grad():
+            pixels = clip.view(C, T // s, s, H // P, P, W // P, P).permute(1, 3, 5, 2, 4, 6, 0)
+            pixels = pixels.reshape(len(hidden), -1, C)                  # (N, pixels, C)
+            pixels = (pixels - pixels.mean(1, keepdim=True)) / (pixels.std(1, keepdim=True) + 1e-6)
+        losses.append(F.mse_loss(z[0].float(), pixels[hidden].flatten(1)))
+    return torch.stack(losses).mean()
+
+
+def masked_autoencoder(device):
+    """Forward, backward and AdamW of VideoMAE, ours with the spectrum of its error.
+
+    On CPU the tiny model, on many small clips, as nano trains it, and on few large ones, where nearly all the
+    time goes into the same matrix products on both sides; on CUDA the small one at the paper's size.
+    """
+    cases = [('small', 8, 224, 16)] if device == 'cuda' else [('tiny', 8, 32, 8), ('tiny', 2, 64, 8)]
+    for size, batch, side, patch in cases:
+        torch.manual_seed(0)
+        model = VideoMAE(11, patch=patch, **SIZES[size]).to(device)
+        context, target = torch.randn(2, batch, 11, FRAMES, side, side, device=device)
+        masks = lambda: torch.Generator().manual_seed(0)
+        masked = tube_masks(batch, (side // patch)**2, model.mask_ratio, masks())
+        ours = lambda: model(context, target, masks())['loss']
+        plain = lambda: plain_videomae(model, torch.cat([context, target]), masked)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device == 'cuda')  # the weights stay
+
+        def step(loss):
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device):
+                value = loss()
+            value.backward()
+            optimizer.step()
+            return value.detach()
+
+        values, gradients = [], []
+        for loss in plain, ours:
+            values.append(step(loss))
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        tolerance = 1e-4 if device == 'cpu' else 2e-2
+        assert_close(*values, rtol=tolerance, atol=0)
+        assert (gradients[0] - gradients[1]).norm() < 10 * tolerance * gradients[0].norm()
+        plain_s, ours_s = seconds([lambda: step(plain), lambda: step(ours)], device,
+                                  *((5, 0) if device == 'cpu' else (10, 2)))
+        row(f'VideoMAE {size} step, {2 * batch} clips of 11 x 16 x {side} x {side}', 2 * batch / plain_s,
+            2 * batch / ours_s, 'clips/s', less_is_better=False)
+
+
+def plain_pool(p, tokens):
+    """probe.AttentiveProbe.pool with keys and values of every token."""
+    B, N, D = tokens.shape
+    heads = lambda x: x.view(B, -1, p.heads, D // p.heads).transpose(1, 2)
+    k, v = p.kv(p.norm1(tokens)).chunk(2, dim=-1)
+    query = p.query.expand(B, 1, D)
+    x = query + F.scaled_dot_product_attention(heads(p.q(query)), heads(k), heads(v)).transpose(1, 2).reshape(B, 1, D)
+    return (x + p.fc2(F.gelu(p.fc1(p.norm2(x))))).squeeze(1)
+
+
+def attentive_probe(device):
+    """The attentive probe on a batch of 64 windows, forward and backward: JEPA's tokens and VideoMAE's at 224 x 224."""
+    for name, N, D, ratio in ('JEPA', 196, 128, 12.0), ('VideoMAE', 1568, 384, 0.25):
+        tokens, p = torch.randn(64, N, D, device=device), AttentiveProbe(D, 2, ratio).to(device)
+        assert_close(p.pool(tokens), plain_pool(p, tokens), rtol=1e-3, atol=1e-3)
+        plain_s, ours_s = seconds([lambda: plain_pool(p, tokens).sum().backward(),
+                                   lambda: p.pool(tokens).sum().backward()], device)
+        row(f'attentive probe, 64 windows of {N} x {D} ({name})', plain_s * 1e3, ours_s * 1e3, 'ms')
+
+
+def read_hdf5(f, trajectory, t, resolution, place):
+    """One window (C, 32, H, W) straight from The Well's file: the preprocessing of data.py, no cache.
+
+    place: slices of x and y; only these are read.
+    """
+    fields = [f[group][name][trajectory, t:t + WINDOW, *place] for group in ('t0_fields', 't1_fields', 't2_fields')
               for name in sorted(f[group])]                              # (32, nx, ny, ...)
     x = np.concatenate([np.moveaxis(v.reshape(*v.shape[:3], -1), -1, 0) for v in fields])           # (C, 32, nx, ny)
     x = torch.from_numpy(x)
     return F.interpolate(x, size=(resolution, resolution), mode='bilinear') if resolution != x.shape[-1] else x
 
 
-def reading(grid, resolution, reads=20):
-    """One window at a random start: HDF5 left open, against the cache. Both files are warm in the page cache."""
+def reading(grid, resolution=0, crop=0, reads=30):
+    """One window at a random start (and place, if cropped): HDF5 left open, against the cache; both in memory."""
     rng = np.random.default_rng(0)
     shapes = {'concentration': (), 'velocity': (2,), 'D': (2, 2), 'E': (2, 2)}
     fields = {k: rng.random((1, 40, grid, grid, *s), np.float32) for k, s in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'data' / 'train' / 'random.hdf5'
         path.parent.mkdir(parents=True)
-        simulate.write_well_file(path, -1.0, 1.0, fields)
+        simulate.write_well_file(path, 'active_matter', (-1.0, 1.0), fields)
         split = Split(folder, SYSTEMS['active_matter'], 'train', resolution, progress=False)
+
+        def place(seed):                                                 # where Split.load cuts with this seed
+            corner = [np.random.default_rng(seed).integers(grid - crop + 1, size=2)] if crop else [(0, 0)]
+            return [slice(a, a + (crop or grid)) for a in corner[0]]
+
         with h5py.File(path) as f:
-            starts = iter(rng.permutation(np.repeat(split.windows, 2 * reads, axis=0)))
-            plain = lambda w: read_hdf5(f, *w, resolution)
-            ours = lambda w: split.load(w[None])[0]
+            jobs = [(w, seed) for seed in range(2 * reads) for w in rng.permutation(split.windows)]
+            jobs = iter([jobs[i] for i in rng.permutation(len(jobs))])
+            plain = lambda w, seed: read_hdf5(f, *w, resolution or crop or grid, place(seed))
+            ours = lambda w, seed: split.load(w[None], crop=crop, seeds=[seed])[0]
             for w in split.windows:                                      # equal, and both files read once
-                assert_close(ours(w), plain(w), rtol=1e-4, atol=1e-5)
-            plain_s, ours_s = seconds([lambda: plain(next(starts)), lambda: ours(next(starts))], 'cpu', reads)
-    resized = f', resized to {resolution}' if grid != resolution else ''
-    row(f'reading a window of {grid} x {grid}{resized}: HDF5, cache', plain_s * 1e3, ours_s * 1e3, 'ms')
+                assert_close(ours(w, 0), plain(w, 0), rtol=1e-4, atol=1e-5)
+            plain_s, ours_s = seconds([lambda: plain(*next(jobs)), lambda: ours(*next(jobs))], 'cpu', reads)
+    what = f', resized to {resolution}' if resolution else f', a random {crop} x {crop} of it' if crop else ''
+    row(f'reading a window of {grid} x {grid}{what}: HDF5, cache', plain_s * 1e3, ours_s * 1e3, 'ms')
 
 
-def simulation(device, runs=15, grid=64, steps=10):
-    """Active matter one run at a time, or 15 runs in one batch; counted in time units of all runs."""
-    def solver(b):
-        c, m = map(torch.stack, zip(*[simulate.active_matter_start(grid, seed, device=device) for seed in range(b)]))
-        return simulate.ActiveMatter([-3.0] * b, [9.0] * b, c, m, dt=0.02)
+def simulation(device, runs=15):
+    """Each system one run at a time, or 15 in one batch; counted in time units of all runs together."""
+    def active_matter(b, grid=64):
+        c, m = map(torch.stack, zip(*[solvers.active_matter_start(grid, seed, device=device) for seed in range(b)]))
+        return solvers.ActiveMatter([-3.0] * b, [9.0] * b, c, m, dt=0.02)
 
-    plain, ours = solver(1), solver(runs)
-    advance = lambda s: [s.step() for _ in range(steps)]
-    plain_s, ours_s = seconds([lambda: advance(plain), lambda: advance(ours)], device)
-    row(f'simulating {grid} x {grid}: one run at a time, {runs} at once', steps * 0.02 / plain_s,
-        runs * steps * 0.02 / ours_s, 'time units/s', less_is_better=False)
+    def shear_flow(b, grid=64):
+        start = solvers.shear_flow_start(grid, 2 * grid, 2, 2, 1.0, device=device)
+        return solvers.ShearFlow([1000.0] * b, [1.0] * b, *(torch.stack([f] * b) for f in start))
+
+    def rayleigh_benard(b, grid=32):
+        return solvers.RayleighBenard([1e6] * b, [1.0] * b, torch.stack(
+            [solvers.rayleigh_benard_start(4 * grid, grid, 1.0, seed, 0.1, device=device) for seed in range(b)]))
+
+    for make, name, duration in ((active_matter, 'active matter, 64 x 64', 0.2),
+                                 (shear_flow, 'shear flow, 64 x 128', 0.2),
+                                 (rayleigh_benard, 'convection, 128 x 32', 1.0)):
+        plain, ours = make(1), make(runs)
+        plain_s, ours_s = seconds([lambda: plain.advance(duration), lambda: ours.advance(duration)], device)
+        row(f'{name}: one run at a time, {runs} at once', duration / plain_s, runs * duration / ours_s, 'time units/s',
+            less_is_better=False)
+
+
+def reference_runs(device):
+    """The two runs of testdata/reference_flows.npz from start to end, on one CPU thread whatever the device.
+
+    `plain` is not measured here: 31 and 500 seconds are what the framework that made the files took.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    u, s = solvers.shear_flow_start(64, 128, 2, 2, 1.0)
+    x, y = np.arange(128)[:, None] / 32, solvers.chebyshev_nodes(32)
+    b = torch.tensor((1 - y) + 0.01 * y * (1 - y) * (np.sin(np.pi * x) + 0.5 * np.cos(1.5 * np.pi * x))).float()
+    shear, heat = solvers.ShearFlow([1000.0], [1.0], u[None], s[None]), solvers.RayleighBenard([1e6], [1.0], b[None])
+    for name, solver, save, end, other in (('shear flow, Re 1000, 64 x 128, to t = 4', shear, 0.1, 4, 31),
+                                           ('convection, Ra 1e6, 128 x 32, to t = 8', heat, 0.25, 8, 500)):
+        start = time.perf_counter()
+        for _ in range(round(end / save)):
+            solver.advance(save)
+        row(f'{name}; reported', end / other, end / (time.perf_counter() - start), 'time units/s', less_is_better=False)
+    torch.set_num_threads(threads)
 
 
 def main():
@@ -219,10 +356,12 @@ def main():
         machine = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
         machine += f', {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}'
         print(f'{machine}\n\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
-        for part in training_step, convolution, one_batch, simulation:
+        for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, simulation,
+                     reference_runs):
             part(args.device)
-        reading(256, 224)
-        reading(64, 64)
+        reading(256, resolution=224)
+        reading(64)
+        reading(64, crop=32)
         if args.json:
             args.json.write_text(json.dumps({'machine': machine, 'rows': ROWS}, indent=1))
     except (ValueError, OSError) as e:

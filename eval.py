@@ -4,6 +4,8 @@ What a pretrained encoder knows of the physics: the error table.
     python eval.py                                # the newest checkpoint under out/
     python eval.py out/.../ckpt.pt                # that one, or the one in that folder
     python eval.py out/...jepa... out/...videomae...            # both in one table
+    python eval.py out/...mpp... --finetune       # also train encoder and head end to end
+    python eval.py --all                          # the paper's table 1, from everything under out/
 
 Embeds every window of the train, valid and test splits once with the frozen encoder, fits three probes
 (probe.py) to the parameters of the simulations, and prints their mean squared error on test, with the
@@ -16,6 +18,7 @@ os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,10 +31,11 @@ import probe
 from data import FRAMES, SYSTEMS, Split, find_dataset
 from train import Config, build_model, keep_freed_memory, load_checkpoint, peak_memory, restore
 
-TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE'}
-PAPER = {'active_matter': {'jepa': 0.079, 'videomae': 0.160},            # arXiv 2603.13227, table 1: attentive probe,
-         'shear_flow': {'jepa': 0.38, 'videomae': 0.67},                 # mean over the parameters
-         'rayleigh_benard': {'jepa': 0.13, 'videomae': 0.18}}
+TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE', 'disco': 'DISCO', 'mpp': 'MPP'}
+PAPER = {                # arXiv 2603.13227, table 1: attentive probe, mean over the parameters; MPP fully fine-tuned
+    'active_matter': {'jepa': 0.079, 'videomae': 0.160, 'disco': 0.057, 'mpp': 0.230},
+    'shear_flow': {'jepa': 0.38, 'videomae': 0.67, 'disco': 0.13, 'mpp': 0.59},
+    'rayleigh_benard': {'jepa': 0.13, 'videomae': 0.18, 'disco': 0.01, 'mpp': 0.08}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,8 +126,8 @@ def embed(split, windows, function, batch, bar):
     return torch.cat(out)
 
 
-def encoder_function(model, state, c, device):
-    """Raw windows -> tokens by a frozen model, with the normalisation and input noise it was trained with."""
+def encoder_function(model, state, c, device, frozen=True):
+    """Raw windows -> tokens by a model, with the normalisation and input noise it was trained with."""
     real = torch.float64 if c.dtype == 'float64' else torch.float32
     mean, std = (torch.tensor(state[k], dtype=real, device=device).view(-1, 1, 1, 1) for k in ('mean', 'std'))
     generator = torch.Generator(device).manual_seed(c.seed)
@@ -134,8 +138,51 @@ def encoder_function(model, state, c, device):
         if c.noise > 0:
             x = x + c.noise * torch.randn(x.shape, generator=generator, device=device, dtype=real)
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
-            return model.embed(x)
+            return model.embed(x) if frozen else model.features(x)
     return function
+
+
+def finetune(run, windows, targets, args, device, tick):
+    """Test error (L,) of encoder and attentive head trained together, after the epoch that was best on valid.
+
+    The paper's protocol for MPP. AdamW at --finetune-lr for the encoder, 1e-3 for the head, cosine to zero; whole
+    fields, as the probes see them. `tick` is called after every batch.
+    """
+    model = run.model(trained=True)
+    function = encoder_function(model, run.state, run.c, device, frozen=False)
+    load = lambda name, index: (run.splits[name].load(windows[name][index], frames=FRAMES),
+                                targets[name][index].float().to(device))
+    with torch.no_grad():
+        dim = function(load('train', slice(0, 1))[0]).shape[-1]
+    torch.manual_seed(args.seed)
+    mlp_ratio = args.mlp_ratio or probe.paper_mlp_ratio(dim)
+    head = probe.AttentiveProbe(dim, targets['train'].shape[-1], mlp_ratio).to(device)
+    optimizer = torch.optim.AdamW([{'params': model.parameters(), 'lr': args.finetune_lr},
+                                   {'params': head.parameters(), 'lr': 1e-3}], weight_decay=0.01)
+    batches = math.ceil(len(windows['train']) / args.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune * batches)
+    order = torch.Generator().manual_seed(args.seed)
+
+    def error(name):
+        with torch.no_grad():
+            parts = [load(name, slice(i, i + args.batch)) for i in range(0, len(windows[name]), args.batch)]
+            return torch.cat([(head(function(x).float()) - y).pow(2) for x, y in parts]).mean(0).cpu()
+
+    best, result = math.inf, None
+    for _ in range(args.finetune):
+        for index in torch.randperm(len(windows['train']), generator=order).split(args.batch):
+            x, y = load('train', index.numpy())
+            optimizer.zero_grad()
+            (head(function(x).float()) - y).pow(2).mean().backward()
+            optimizer.step()
+            schedule.step()
+            tick()
+        on_valid = error('valid').mean().item()
+        if on_valid < best:
+            best, result = on_valid, error('test')
+    if result is None:
+        raise FloatingPointError('fine-tuning diverged: its error on valid is not a number; try a lower --finetune-lr')
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,7 +213,7 @@ class Run:
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
 
     def model(self, trained):
-        model = build_model(self.c, len(self.state['channels']))
+        model = build_model(self.c, self.state['channels'])
         if trained:
             restore(model, self.state, self.path)
         return model
@@ -209,6 +256,10 @@ def evaluate(args):
             model = run.model(trained)
             function = encoder_function(model, run.state, run.c, device)
             rows[title], size = probes(tokens_of(run, function, f'embedding, {title}'), title)
+        if args.finetune:
+            steps = args.finetune * math.ceil(len(windows['train']) / args.batch)
+            with tqdm(total=steps, desc=f'fine-tuning {name}', unit='step') as bar:
+                rows[f'{name}, fine-tuned'] = {'attentive': finetune(run, windows, targets, args, device, bar.update)}
         parameters[name] = {'encoder': sum(p.numel() for p in model.encoder.parameters()), 'attentive probe': size}
         print(f'{name}: {run.path}, preset {run.c.preset}, seed {run.c.seed}, step {run.state["step"]}, '
               f'{run.state["samples"]:,} windows seen; {parameters[name]["encoder"]:,} parameters in the encoder, '
@@ -250,12 +301,37 @@ def print_table(result):
     print()
 
 
+def table_one(args):
+    """The paper's table 1: the newest checkpoint of every system and model under out/, measured beside published.
+
+    Reads the eval.json that is newer than its checkpoint, else evaluates. A fine-tuned row goes before a frozen one.
+    """
+    newest, cells = {}, {}
+    newest_checkpoint()                                                  # there must be one
+    for path in sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime):
+        c = load_checkpoint(path)['config']
+        newest[c['data'], c['model']] = path
+    for (system, model), path in newest.items():
+        table = path.with_name('eval.json')
+        if not table.exists() or table.stat().st_mtime < path.stat().st_mtime:
+            args.checkpoints = [path]
+            evaluate(args)
+        rows, name = json.loads(table.read_text())['rows'], TITLES[model]
+        cells[system, model] = rows.get(f'{name}, fine-tuned', rows[name])['attentive']['mean']
+    print('MSE of z-scored parameters, mean over the two of a system, attentive probe: measured on test | the paper\n')
+    print(' ' * 10 + ''.join(f'{system:>20}' for system in PAPER))
+    for model, title in TITLES.items():
+        shown = [f'{cells[s, model]:.3f}' if (s, model) in cells else 'not run' for s in PAPER]
+        print(f'{title:10}' + ''.join(f'{f"{v} | {PAPER[s][model]:.3f}":>20}' for s, v in zip(PAPER, shown)))
+
+
 def main():
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument('checkpoints', nargs='*',
                         help='files, or the folders they lie in (default: the newest out/*/ckpt.pt)')
+    parser.add_argument('--all', action='store_true', help="the paper's table 1 from everything under out/")
     parser.add_argument('--data-dir', help="default: $THE_WELL_DATA_DIR, else the checkpoint's")
     parser.add_argument('--stride', type=int, default=0,
                         help='frames between probed windows (default: 4 for nano, else as in training)')
@@ -263,11 +339,14 @@ def main():
     parser.add_argument('--epochs', type=int, default=100, help='epochs of the attentive probe')
     parser.add_argument('--mlp-ratio', type=float, default=0.0,
                         help="MLP ratio of the attentive probe (default: the paper's, 12 up to width 128, 0.25 above)")
+    parser.add_argument('--finetune', type=int, nargs='?', const=10, default=0, metavar='EPOCHS',
+                        help='also train encoder and attentive head end to end (10 epochs unless given)')
+    parser.add_argument('--finetune-lr', type=float, default=1e-5, help='learning rate of the encoder in that')
     parser.add_argument('--seed', type=int, default=0, help='seed of the attentive probe')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
-        evaluate(args)
+        table_one(args) if args.all else evaluate(args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)

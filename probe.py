@@ -43,32 +43,42 @@ class AttentiveProbe(nn.Module):
         self.fc2.weight.data.div_(math.sqrt(2))
 
     def pool(self, tokens):
-        """(B, N, D) -> (B, D)."""
+        """(B, N, D) -> (B, D).
+
+        There is one query only, so keys and values of all tokens need not exist: q.(W x + b) is (W^T q).x plus a
+        constant that the softmax ignores, and the mean of W x + b is W applied to the mean of x.
+        """
         B, N, D = tokens.shape
-        heads = lambda x: x.view(B, -1, self.heads, D // self.heads).transpose(1, 2)     # (B, heads, n, D/heads)
-        query = self.query.expand(B, 1, D)
-        k, v = self.kv(self.norm1(tokens)).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(heads(self.q(query)), heads(k), heads(v))
-        x = query + attended.transpose(1, 2).reshape(B, 1, D)
-        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x.squeeze(1)
+        per_head = lambda w: w.view(self.heads, D // self.heads, -1)     # (heads, D/heads, D or 1)
+        (key, value), value_bias = map(per_head, self.kv.weight.chunk(2)), per_head(self.kv.bias[D:])
+        query = per_head(self.q(self.query).view(D, 1))                  # (heads, D/heads, 1)
+        x = self.norm1(tokens)
+        logits = x @ (key * query).sum(1).T * (D // self.heads)**-0.5    # (B, N, heads)
+        mean = logits.softmax(1).transpose(1, 2) @ x                     # (B, heads, D): what each head attends to
+        attended = value @ mean[..., None] + value_bias                  # (B, heads, D/heads, 1)
+        x = self.query[:, 0] + attended.reshape(B, D)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
     def forward(self, tokens):
         return self.linear(self.pool(tokens))
+
+
+def paper_mlp_ratio(dim):
+    """12 for JEPA's width of 128 and 0.25 for VideoMAE's of 384, so that their probes are of like size."""
+    return 12.0 if dim <= 128 else 0.25
 
 
 def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
               device='cpu', tick=lambda: None):
     """Test error of an AttentiveProbe after the epoch that was best on valid, and its number of parameters.
 
-    mlp_ratio 0: the paper's, 12 up to width 128 and 0.25 above, so that probes of different encoders are of like
-    size. AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
+    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch. mlp_ratio 0: the paper's.
     """
     splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
     torch.manual_seed(seed)
-    mlp_ratio = mlp_ratio or (12.0 if tokens.shape[-1] <= 128 else 0.25)
-    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio).to(device)
+    dim = tokens.shape[-1]
+    probe = AttentiveProbe(dim, labels.shape[-1], mlp_ratio or paper_mlp_ratio(dim)).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(tokens) / batch)
     warmup, total = warmup_epochs * per_epoch, epochs * per_epoch

@@ -54,7 +54,7 @@ def filled(key, shape, is_input=False):
     if not is_input:
         if len(shape) >= 2:
             v = v / math.sqrt(n / shape[0])
-        elif key.split('.')[-1] == 'gamma':
+        elif key.split('.')[-1] in ('gamma', 'gamma_att', 'gamma_mlp'):
             v = 0.5 + 0.1 * v
         else:
             v = 0.1 * v + (1 if key.endswith('weight') else 0)
@@ -1649,10 +1649,20 @@ def refused(script, *flags, cwd, words=()):
 
 
 def losses(out):
-    """The log's losses, (steps, 4), having checked that every step is there once, in order."""
+    """The log's losses, (steps, terms), having checked that every step is there once, in order."""
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows] == list(range(len(rows)))
-    return [[row[k] for k in ('loss', 'sim', 'std', 'cov')] for row in rows]
+    return [[row[k] for k in ('loss', 'sim', 'std', 'cov', 'low', 'mid', 'high') if k in row] for row in rows]
+
+
+# the rivals of JEPA in miniature; flags of their own go after TINY's
+RIVALS = {
+    'videomae': ['--width', 16, '--depth', 2, '--heads', 2, '--patch', 8, '--decoder-width', 64, '--decoder-depth', 1,
+                 '--mask-ratio', 0.75, '--crop', 0],
+    'mpp': ['--width', 16, '--depth', 1, '--heads', 2, '--crop', 0],
+    'disco': ['--width', 32, '--depth', 1, '--heads', 2, '--patch', 8, '--operator-width', 4, '--generator-width', 8,
+              '--max-steps', 2, '--crop', 0],
+}
 
 
 @pytest.fixture(scope='session')
@@ -1730,6 +1740,66 @@ torch.save(models[0].state_dict(), 'rank' + os.environ['RANK'] + '.pt')
         assert torch.equal(ranks[0][k], ranks[1][k]) and torch.equal(ranks[0][k], two[k]), k
 
 
+@pytest.mark.parametrize('model', RIVALS)
+def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
+    """The spine's promises for each: same command, same losses; killed, resumed and finished as if never; one table."""
+    flags = [*TINY, *RIVALS[model], '--data-dir', well, '--model', model, '--steps', 12]
+    run('train.py', *flags, '--out', 'out/a', cwd=tmp_path)
+    rows = losses(tmp_path / 'out' / 'a')
+    assert len(rows) == 12 and np.isfinite(rows).all() and len({row[0] for row in rows}) == 12
+    if model == 'videomae':
+        assert all(row[0] == pytest.approx(sum(row[1:]), rel=1e-5) for row in rows)          # the bands
+    out = tmp_path / 'out' / 'b'
+    process = subprocess.Popen(**command('train.py', *flags, '--out', out), cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / 'ckpt.pt').exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 'resuming at step' in run('train.py', *flags, '--out', out, cwd=tmp_path).stdout
+    assert losses(out) == rows
+    refused('train.py', *flags, '--size', 'huge', '--out', 'out/c', cwd=tmp_path, words=['huge'])
+    refused('train.py', *flags, '--lr', 1e30, '--save-every', 1, '--out', 'out/c', cwd=tmp_path, words=['the loss is'])
+    table = run('eval.py', 'out/a', '--epochs', 2, '--finetune', 1, '--stride', 16, cwd=tmp_path).stdout
+    title = {'videomae': 'VideoMAE', 'mpp': 'MPP', 'disco': 'DISCO'}[model]
+    rows = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())['rows']
+    for name in title, 'random init', f'{title}, fine-tuned', f'{title}, the paper':
+        assert np.isfinite(rows[name]['attentive']['mean']) and f'\n{name} ' in table
+
+
+def test_videomae_ranks_equal_one_process(well, tmp_path):
+    """Each rank hides what one process would have hidden in its clips, and logs the loss of all."""
+    flags = [*TINY, *RIVALS['videomae'], '--data-dir', well, '--model', 'videomae', '--dtype', 'float64', '--steps', 6,
+             '--micro-batch', 4]
+    run('train.py', *flags, '--out', 'one', cwd=tmp_path)
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / 'train.py']
+    run(torchrun, *flags, '--out', 'two', cwd=tmp_path)
+    assert np.allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5, atol=0)
+    one, two = (train.load_checkpoint(tmp_path / name / 'ckpt.pt')['model'] for name in ('one', 'two'))
+    assert all(torch.allclose(two[k], one[k], rtol=0, atol=1e-6) for k in one)
+
+
+def test_several_checkpoints_in_one_table(well, trained, tmp_path):
+    """JEPA and a rival side by side, by folder; then everything under out/ as the paper's table 1."""
+    shutil.copytree(trained, tmp_path / 'out' / 'jepa')
+    rival = [*TINY, *RIVALS['videomae'], '--model', 'videomae', '--steps', 2]
+    run('train.py', *rival, '--data-dir', well, '--out', 'out/mae', cwd=tmp_path)
+    said = run('eval.py', 'out/jepa', 'out/mae', '--epochs', 2, '--stride', 16, cwd=tmp_path).stdout
+    one, two = (json.loads((tmp_path / 'out' / name / 'eval.json').read_text()) for name in ('jepa', 'mae'))
+    assert one == two and list(one['rows']) == [
+        'JEPA', 'JEPA, random init', 'VideoMAE', 'VideoMAE, random init', 'field statistics', 'predict the mean',
+        'JEPA, the paper', 'VideoMAE, the paper']
+    assert 'in its attentive probe' in said and one['parameters']['VideoMAE']['attentive probe'] > 0
+    table = run('eval.py', '--all', cwd=tmp_path).stdout.splitlines()
+    for title in 'JEPA', 'VideoMAE':
+        row = next(line for line in table if line.startswith(title))
+        assert f'{one["rows"][title]["attentive"]["mean"]:.3f} | ' in row and row.count('not run') == 2
+    assert sum(line.count('not run') for line in table) == 10            # of 12 cells
+    other = train.load_checkpoint(tmp_path / 'out' / 'mae' / 'ckpt.pt')
+    torch.save({**other, 'config': {**other['config'], 'data': 'shear_flow'}}, tmp_path / 'other.pt')
+    refused('eval.py', 'out/jepa', 'other.pt', '--data-dir', well, cwd=tmp_path)       # no shear flow there
+
+
 def test_diverging_run_stops(well, tmp_path):
     """No NaN in the log, and the last good checkpoint is kept."""
     refused('train.py', *TINY, '--data-dir', well, '--lr', 1e30, '--save-every', 1, '--out', 'out', cwd=tmp_path,
@@ -1737,7 +1807,7 @@ def test_diverging_run_stops(well, tmp_path):
     assert 1 <= len(losses(tmp_path / 'out')) < STEPS and np.isfinite(losses(tmp_path / 'out')).all()
     state = train.load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
     assert all(torch.isfinite(v).all() for v in state['model'].values())
-    train.restore(train.build_model(train.Config(**state['config']), 11), state, 'out/ckpt.pt')
+    train.restore(train.build_model(train.Config(**state['config']), CHANNELS), state, 'out/ckpt.pt')
 
 
 def test_learning_rate_schedule():
@@ -1836,6 +1906,7 @@ def test_damaged_data_is_refused(tmp_path, damage):
     ('train.py --resolution 40 --crop 0', '16'),
     ('train.py --batch 10 --micro-batch 4', 'multiple'),
     ('train.py --preset macro', 'macro'),
+    ('train.py --model gan', 'gan'),
     ('simulate.py active_matter --data-dir file', 'file'),
     ('simulate.py active_matter', 'choose another --data-dir'),          # ./data holds somebody else's
     ('eval.py nowhere.pt', 'nowhere.pt'),

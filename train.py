@@ -33,9 +33,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import videomae
+from baselines import mpp
+from baselines.disco import DISCO
 from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset
 from jepa import JEPA
-from videomae import SIZES, VideoMAE
+from videomae import VideoMAE
 
 
 def option(default, help):
@@ -46,7 +49,7 @@ def option(default, help):
 class Config:
     """Everything a run depends on; saved in its checkpoint. Zero often means: what the preset or system says."""
     data: str = option('active_matter', 'system: ' + ', '.join(SYSTEMS))
-    model: str = option('jepa', 'jepa or videomae')
+    model: str = option('jepa', 'jepa, videomae, mpp or disco')
     preset: str = option('auto', 'nano, paper, or auto: nano on data simulated by the nano preset, else paper')
     data_dir: str = option('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
     cache_dir: str = option('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
@@ -64,20 +67,26 @@ class Config:
     # JEPA
     widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
     blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
-    layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
+    layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks (not VideoMAE\'s)')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
     sim_coeff: float = option(2.0, 'weight of the invariance term')
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
+    pool: bool = option(False, 'average the embedding over space before predictor and loss')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
-    # VideoMAE
-    size: str = option('small', 'of the encoder: tiny (192 wide, 3 heads) or small (384, 6)')
-    depth: int = option(12, 'transformer blocks of the encoder')
-    patch: int = option(16, 'side of a tubelet, which is two frames long')
-    decoder_width: int = option(192, 'width of the decoder, 64 a head')
-    decoder_depth: int = option(4, 'transformer blocks of the decoder')
-    mask_ratio: float = option(0.9, 'share of the patches that is hidden')
+    # the transformers: VideoMAE, MPP, DISCO
+    size: str = option('', 'videomae: tiny or small (default); mpp: Ti (default), S, B or L')
+    width: int = option(0, 'of the encoder; 0: as its size says')
+    depth: int = option(0, 'blocks of the encoder; 0: as its size says')
+    heads: int = option(0, 'of the encoder; 0: as its size says')
+    patch: int = option(16, 'side of a patch, or of a tubelet, which is two frames long')
+    decoder_width: int = option(192, 'width of VideoMAE\'s decoder, 64 a head')
+    decoder_depth: int = option(4, 'blocks of VideoMAE\'s decoder')
+    mask_ratio: float = option(0.9, 'share of the patches that VideoMAE hides')
+    operator_width: int = option(8, 'of DISCO\'s operator, at full resolution')
+    generator_width: int = option(768, 'of the layers that make DISCO\'s operator')
+    max_steps: int = option(32, '1/max_steps is the least step of DISCO\'s integration')
     # optimisation
     batch: int = option(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = option(8, 'windows per forward pass, over all ranks: the loss sees these together')
@@ -107,7 +116,18 @@ PRESETS = {
         'nano': dict(resolution=0, whole=True, noise=0.0, normalize=True, augment=True,
                      size='tiny', depth=4, patch=8, decoder_width=64, decoder_depth=2,
                      batch=32, micro_batch=32, steps=1000, lr=1e-3, warmup_epochs=0.5)},
+    'mpp': {                                                             # both standardise their inputs themselves
+        'paper': dict(noise=0.0),
+        'nano': dict(resolution=0, whole=True, noise=0.0, augment=True, width=48, depth=2, heads=3, layer_scale=0.1,
+                     batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)},
+    'disco': {
+        'paper': dict(noise=0.0),
+        'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, augment=True, width=32, depth=2, heads=2, patch=8,
+                     operator_width=4, generator_width=16, max_steps=2, layer_scale=0.1,
+                     batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)},
 }
+SIZES = {'videomae': {name: (s['width'], 12, s['heads']) for name, s in videomae.SIZES.items()},
+         'mpp': mpp.SIZES, 'disco': {'': (384, 12, 6)}}                  # width, depth, heads
 
 
 def parse_config(cls, description):
@@ -160,8 +180,8 @@ def resolve(flags, simulated_preset):
         raise ValueError(f'device {c.device!r} is not to be had here: --device cpu always is')
     if c.micro_batch < 1 or c.batch % c.micro_batch:
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
-    if c.size not in SIZES:
-        raise ValueError(f'unknown size {c.size!r}: choose from {", ".join(SIZES)}')
+    if c.model in SIZES and c.size not in ('', *SIZES[c.model]):
+        raise ValueError(f'{c.model} has no size {c.size!r}: choose from {", ".join(SIZES[c.model])}')
     if c.resolution:
         check_size(c, (c.resolution, c.resolution))
     return c
@@ -169,7 +189,7 @@ def resolve(flags, simulated_preset):
 
 def check_size(c, shape):
     """Raise ValueError if the model cannot take training windows cut from fields of `shape`."""
-    unit = 16 if c.model == 'jepa' else c.patch
+    unit = c.patch if c.model == 'videomae' else 16
     if c.crop > min(shape):
         raise ValueError(f'crop {c.crop} is larger than the fields, {shape[0]} x {shape[1]}')
     for side in (c.crop,) if c.crop else shape:
@@ -182,18 +202,29 @@ def check_size(c, shape):
 # model and checkpoints
 
 def build_model(c, channels):
-    """The model of a Config, freshly initialised from its seed.
+    """The model of a Config for channels of these names, freshly initialised from its seed.
 
     A model is a module with an `encoder`, forward(context, target, generator) -> {'loss': ..., other terms},
-    `embedding`, the last one, for the log, and embed(x) -> tokens, for the probes.
+    `embedding`, the last one, (B, D, h, w), for the log, features(x) -> tokens, to fine-tune, and embed(x), the
+    same without gradients, for the probes.
     """
     torch.manual_seed(c.seed)
     if c.model == 'jepa':
-        model = JEPA(channels, c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
-                     c.standardize, c.residual, c.paired)
-    else:
-        model = VideoMAE(channels, **SIZES[c.size], depth=c.depth, patch=c.patch, decoder_width=c.decoder_width,
+        model = JEPA(len(channels), c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
+                     c.standardize, c.residual, c.paired, c.pool)
+        return model.double() if c.dtype == 'float64' else model
+    own = SIZES[c.model][c.size or {'videomae': 'small', 'mpp': 'Ti', 'disco': ''}[c.model]]
+    width, depth, heads = (asked or default for asked, default in zip((c.width, c.depth, c.heads), own))
+    if c.model == 'videomae':
+        model = VideoMAE(len(channels), width, depth, heads, c.patch, decoder_width=c.decoder_width,
                          decoder_depth=c.decoder_depth, decoder_heads=c.decoder_width // 64, mask_ratio=c.mask_ratio)
+    elif c.model == 'mpp':
+        system = SYSTEMS[c.data]                                         # a cut through the domain ends its period
+        periodic = [p and not c.crop and (c.whole or part == (0, 1)) for p, part in zip(system.periodic, system.crop)]
+        model = mpp.MPP(channels, periodic, (width, depth, heads), layer_scale=c.layer_scale)
+    else:
+        model = DISCO(c.data, channels, dim=width, blocks=depth, heads=heads, patch=c.patch, hidden=c.generator_width,
+                      width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
     return model.double() if c.dtype == 'float64' else model
 
 
@@ -333,7 +364,7 @@ def train(flags):
 
     # model
     device = torch.device(c.device)
-    model = build_model(c, len(data.channels)).to(device)
+    model = build_model(c, data.channels).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
                                   fused=device.type == 'cuda')
     windows = len(data.windows)

@@ -272,10 +272,14 @@ class VideoMAE(nn.Module):
             loss, bands = loss + (values[0] / world - loss.detach()), values[1:] / world
         return {'loss': loss, 'low': bands[0], 'mid': bands[1], 'high': bands[2]}
 
+    def features(self, x):
+        """All tokens, to fine-tune: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""
+        return self.encoder(patchify(x, self.tubelet, self.patch))
+
     @torch.no_grad()
     def embed(self, x):
-        """Frozen embedding for the probes: (B, C, 16, H, W) -> all tokens (B, N = 8 * H/patch * W/patch, D)."""
-        return self.encoder(patchify(x, self.tubelet, self.patch))
+        """The same tokens, frozen, for the probes."""
+        return self.features(x)
 
 
 def load_official(model, path):
