@@ -114,11 +114,16 @@ def eval_windows(split, stride):
     return split.windows[split.windows[:, 1] % stride == 0]
 
 
-def embed(split, windows, function, batch, bar):
+def load_windows(split, windows, crop):
+    """Raw windows (B, C, 16, H, W): whole fields, or a square at a place that depends on the window alone."""
+    return split.load(windows, frames=FRAMES, crop=crop, seeds=[(9, *map(int, w)) for w in windows])
+
+
+def embed(split, windows, function, batch, bar, crop=0):
     """function(x) -> (B, N, D) over raw windows x (B, C, 16, H, W); all of them as one float32 CPU tensor."""
     out = []
     for i in range(0, len(windows), batch):
-        x = split.load(windows[i:i + batch], frames=FRAMES)
+        x = load_windows(split, windows[i:i + batch], crop)
         with torch.no_grad():
             out.append(function(x).float().cpu())
         bar.update(len(x))
@@ -150,7 +155,7 @@ def finetune(run, windows, targets, args, device, tick):
     """
     model = run.model(trained=True)
     function = encoder_function(model, run.state, run.c, device, frozen=False)
-    load = lambda name, index: (run.splits[name].load(windows[name][index], frames=FRAMES),
+    load = lambda name, index: (load_windows(run.splits[name], windows[name][index], run.crop),
                                 targets[name][index].float().to(device))
     with torch.no_grad():
         dim = function(load('train', slice(0, 1))[0]).shape[-1]
@@ -212,6 +217,9 @@ class Run:
             if split.channels != self.state['channels'] or not set(self.state['labels']) <= split.scalars.keys():
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
 
+        # a convolution takes whole fields whatever it was trained on; a transformer's positions are those of its crops
+        self.crop = 0 if c.model == 'jepa' else c.crop
+
     def model(self, trained):
         model = build_model(self.c, self.state['channels'])
         if trained:
@@ -236,9 +244,9 @@ def evaluate(args):
     total = sum(map(len, windows.values()))
     print(f'{first.c.data}: {" / ".join(str(len(w)) for w in windows.values())} windows to probe')
 
-    def tokens_of(run, function, description):
+    def tokens_of(run, function, description, crop=0):
         with tqdm(total=total, desc=description, unit='window') as bar:
-            return {name: (embed(run.splits[name], w, function, args.batch, bar), targets[name])
+            return {name: (embed(run.splits[name], w, function, args.batch, bar, crop), targets[name])
                     for name, w in windows.items()}
 
     def probes(embedded, description):
@@ -255,7 +263,7 @@ def evaluate(args):
         for title, trained in (name, True), ('random init' if len(runs) == 1 else f'{name}, random init', False):
             model = run.model(trained)
             function = encoder_function(model, run.state, run.c, device)
-            rows[title], size = probes(tokens_of(run, function, f'embedding, {title}'), title)
+            rows[title], size = probes(tokens_of(run, function, f'embedding, {title}', run.crop), title)
         if args.finetune:
             steps = args.finetune * math.ceil(len(windows['train']) / args.batch)
             with tqdm(total=steps, desc=f'fine-tuning {name}', unit='step') as bar:

@@ -113,9 +113,9 @@ PRESETS = {
                      batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5)},
     'videomae': {
         'paper': dict(noise=0.0, lr=1.5e-4),                             # its target is the pixels: no noise on them
-        'nano': dict(resolution=0, whole=True, noise=0.0, normalize=True, augment=True,
-                     size='tiny', depth=4, patch=8, decoder_width=64, decoder_depth=2,
-                     batch=32, micro_batch=32, steps=1000, lr=1e-3, warmup_epochs=0.5)},
+        'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True,
+                     width=128, depth=4, heads=2, patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
+                     batch=32, micro_batch=32, steps=1200, lr=1.5e-3, warmup_epochs=0.3)},
     'mpp': {                                                             # both standardise their inputs themselves
         'paper': dict(noise=0.0),
         'nano': dict(resolution=0, whole=True, noise=0.0, augment=True, width=48, depth=2, heads=3, layer_scale=0.1,
@@ -216,8 +216,9 @@ def build_model(c, channels):
     own = SIZES[c.model][c.size or {'videomae': 'small', 'mpp': 'Ti', 'disco': ''}[c.model]]
     width, depth, heads = (asked or default for asked, default in zip((c.width, c.depth, c.heads), own))
     if c.model == 'videomae':
-        model = VideoMAE(len(channels), width, depth, heads, c.patch, decoder_width=c.decoder_width,
-                         decoder_depth=c.decoder_depth, decoder_heads=c.decoder_width // 64, mask_ratio=c.mask_ratio)
+        model = VideoMAE(len(channels), width, depth, heads, c.patch, mask_ratio=c.mask_ratio,
+                         decoder_width=c.decoder_width, decoder_depth=c.decoder_depth,
+                         decoder_heads=max(1, c.decoder_width // 64))
     elif c.model == 'mpp':
         system = SYSTEMS[c.data]                                         # a cut through the domain ends its period
         periodic = [p and not c.crop and (c.whole or part == (0, 1)) for p, part in zip(system.periodic, system.crop)]
