@@ -853,7 +853,7 @@ def test_no_initial_condition_is_in_two_splits(fluids, name):
 
 
 def test_unresolved_runs_are_named(tmp_path, capsys):
-    """A thin shear on a coarse grid: the file is written, and the output says that it is not resolved."""
+    """A thin shear on a coarse grid: the files are written, and the output says that they are not resolved."""
     with pytest.MonkeyPatch.context() as patch:
         presets = simulate.SYSTEMS['shear_flow'].presets
         patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
@@ -861,7 +861,7 @@ def test_unresolved_runs_are_named(tmp_path, capsys):
         simulate.make_dataset('shear_flow', tmp_path)
     assert len(files_of(tmp_path / 'shear_flow')) == 1
     printed = ''.join(capsys.readouterr())
-    assert 'Reynolds_10000_Schmidt_1.hdf5, train' in printed and 'not resolved' in printed
+    assert 'Reynolds_10000_Schmidt_1.hdf5' in printed and '4 of 4 runs are not resolved' in printed
 
 
 @both_fluids
