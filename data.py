@@ -191,6 +191,9 @@ class Split:
         cache_dir.mkdir(parents=True, exist_ok=True)
         crop = ((0, 1), (0, 1)) if whole else system.crop
         settings = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '')
+        if cache_dir != Path(root) / 'cache':                            # a folder that several datasets may share
+            place = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:6]
+            settings = f'{Path(root).name}-{place}-{settings}'
         path = cache_dir / f'{settings}-{content_key(files)}'
         if not path.with_suffix('.json').exists():
             try:

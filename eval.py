@@ -7,9 +7,9 @@ What a pretrained encoder knows of the physics: the error table.
     python eval.py out/...mpp... --finetune       # also train encoder and head end to end
     python eval.py --all                          # the paper's table 1, from everything under out/
 
-Embeds every window of the train, valid and test splits once with the frozen encoder, fits three probes
-(probe.py) to the parameters of the simulations, and prints their mean squared error on test, with the
-parameters z-scored by the training split: guessing the mean scores 1. The rows that keep the encoder
+Embeds windows of the train, valid and test splits, --stride frames apart, once with the frozen encoder, fits
+three probes (probe.py) to the parameters of the simulations, and prints their mean squared error on test, with
+the parameters z-scored by the training split: guessing the mean scores 1. The rows that keep the encoder
 honest: the same encoder before training, and hand-made statistics of the fields with ridge regression.
 The same numbers go to eval.json beside the checkpoint.
 """
@@ -150,8 +150,8 @@ def encoder_function(model, state, c, device, frozen=True):
 def finetune(run, windows, targets, args, device, tick):
     """Test error (L,) of encoder and attentive head trained together, after the epoch that was best on valid.
 
-    The paper's protocol for MPP. AdamW at --finetune-lr for the encoder, 1e-3 for the head, cosine to zero; whole
-    fields, as the probes see them. `tick` is called after every batch.
+    The paper's protocol for MPP. AdamW at --finetune-lr for the encoder, 1e-3 for the head, cosine to zero; windows
+    as the probes see them. `tick` is called after every batch.
     """
     model = run.model(trained=True)
     function = encoder_function(model, run.state, run.c, device, frozen=False)
@@ -232,8 +232,9 @@ def evaluate(args):
     device = torch.device(args.device)
     runs = [Run(Path(p), args.data_dir) for p in args.checkpoints or [newest_checkpoint()]]
     first = runs[0]
-    if any((r.c.data, r.state['labels']) != (first.c.data, first.state['labels']) for r in runs):
-        raise ValueError('the checkpoints are of different systems: a table is about one')
+    if any((r.c.data, r.state['labels'], r.splits['test'].runs) != (first.c.data, first.state['labels'],
+                                                                    first.splits['test'].runs) for r in runs):
+        raise ValueError('the checkpoints are of different systems or datasets: a table is about one')
     labels, system = first.state['labels'], SYSTEMS[first.c.data]
     shown = [dict(system.shown).get(name, name) for name in labels]
     stride = args.stride or (4 if first.c.preset == 'nano' else first.c.stride)
@@ -255,11 +256,12 @@ def evaluate(args):
                                           tick=bar.update)
         return {'attentive': error, 'linear': probe.linear(embedded), 'knn': probe.knn(embedded)}, size
 
-    rows, parameters = {}, {}
+    rows, parameters, names = {}, {}, []
     for run in runs:
         name = TITLES[run.c.model]
         while name in rows:                                              # several runs of one model
             name += "'"
+        names.append(name)
         for title, trained in (name, True), ('random init' if len(runs) == 1 else f'{name}, random init', False):
             model = run.model(trained)
             function = encoder_function(model, run.state, run.c, device)
@@ -278,8 +280,9 @@ def evaluate(args):
 
     result = {'system': first.c.data, 'split': 'test', 'labels': shown, 'rows': {}, 'seconds': None,
               'parameters': parameters,
-              'runs': [{'checkpoint': str(r.path), 'model': r.c.model, 'preset': r.c.preset, 'seed': r.c.seed,
-                        'windows_seen': r.state['samples'], 'train_seconds': r.state['seconds']} for r in runs]}
+              'runs': [{'row': name, 'checkpoint': str(r.path), 'model': r.c.model, 'preset': r.c.preset,
+                        'seed': r.c.seed, 'windows_seen': r.state['samples'], 'train_seconds': r.state['seconds']}
+                       for name, r in zip(names, runs)]}
     for name, by_probe in rows.items():
         result['rows'][name] = {p: {**dict(zip(shown, e.tolist())), 'mean': e.mean().item()}
                                 for p, e in by_probe.items()}
@@ -312,7 +315,8 @@ def print_table(result):
 def table_one(args):
     """The paper's table 1: the newest checkpoint of every system and model under out/, measured beside published.
 
-    Reads the eval.json that is newer than its checkpoint, else evaluates. A fine-tuned row goes before a frozen one.
+    Reads the eval.json that is newer than its checkpoint, else evaluates; with --finetune also what has no fine-tuned
+    row yet. A fine-tuned row goes before a frozen one, and is marked.
     """
     newest, cells = {}, {}
     newest_checkpoint()                                                  # there must be one
@@ -321,16 +325,21 @@ def table_one(args):
         newest[c['data'], c['model']] = path
     for (system, model), path in newest.items():
         table = path.with_name('eval.json')
-        if not table.exists() or table.stat().st_mtime < path.stat().st_mtime:
+        known = json.loads(table.read_text()) if table.exists() else {'rows': {}}
+        stale = not table.exists() or table.stat().st_mtime < path.stat().st_mtime
+        if stale or args.finetune and not any(row.endswith('fine-tuned') for row in known['rows']):
             args.checkpoints = [path]
             evaluate(args)
-        rows, name = json.loads(table.read_text())['rows'], TITLES[model]
-        cells[system, model] = rows.get(f'{name}, fine-tuned', rows[name])['attentive']['mean']
+            known = json.loads(table.read_text())
+        name = next(run['row'] for run in known['runs'] if Path(run['checkpoint']).parent.name == path.parent.name)
+        tuned = known['rows'].get(f'{name}, fine-tuned')
+        cells[system, model] = f'{(tuned or known["rows"][name])["attentive"]["mean"]:.3f}' + ('*' if tuned else '')
     print('MSE of z-scored parameters, mean over the two of a system, attentive probe: measured on test | the paper\n')
     print(' ' * 10 + ''.join(f'{system:>20}' for system in PAPER))
     for model, title in TITLES.items():
-        shown = [f'{cells[s, model]:.3f}' if (s, model) in cells else 'not run' for s in PAPER]
-        print(f'{title:10}' + ''.join(f'{f"{v} | {PAPER[s][model]:.3f}":>20}' for s, v in zip(PAPER, shown)))
+        shown = [cells.get((s, model), 'not run') + f' | {PAPER[s][model]:.3f}' + '*' * (model == 'mpp') for s in PAPER]
+        print(f'{title:10}' + ''.join(f'{cell:>20}' for cell in shown))
+    print('\n* fine-tuned end to end; the others are frozen')
 
 
 def main():
@@ -354,6 +363,8 @@ def main():
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
+        if args.device == 'cuda' and not torch.cuda.is_available():
+            raise ValueError('PyTorch sees no CUDA device: use --device cpu')
         table_one(args) if args.all else evaluate(args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

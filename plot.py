@@ -83,6 +83,7 @@ def training(figure, path):
     names = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance', 'embedding_std': 'standard deviation',
              'embedding_rank': 'effective rank', 'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}
     for ax, (title, keys, log_axis) in zip(axes, panels):
+        keys = [key for key in keys if key in log[0]]                    # MPP and DISCO have one term only
         for key, color in zip(keys, PROBES.values()):
             ax.plot(step, [line[key] for line in log], color=color, lw=1.2, label=names.get(key))
         ax.set(title=title, xlabel='step', yscale='log' if log_axis else 'linear')

@@ -110,7 +110,7 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay
 
 def standardize(splits):
     """Mean over tokens, then z-scored by train: {name: (features (n, D) float64, labels)}."""
-    features = {name: x.double().mean(1) for name, (x, _) in splits.items()}
+    features = {name: x.mean(1, dtype=torch.float64) for name, (x, _) in splits.items()}
     mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
 

@@ -97,7 +97,7 @@ SYSTEMS = {
         'active_matter_L_10.0_zeta_{1}_alpha_{0}.hdf5',
         lambda nx, ny: [np.arange(n) * solvers.BOX / n for n in (nx, ny)],
         {'nano': Preset((64, 64), 81, ACTIVE, dict(train=3, valid=1, test=1), 9,
-                        '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.02)),
+                        '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.25 / 12)),
          'well': Preset((256, 256), 81, ACTIVE, dict(train=3, valid=1, test=1), 3,
                         '256 x 256, 81 frames, 45 pairs, 225 runs: 53 GB; for a GPU, not timed', dict(dt=0.005))}),
     'shear_flow': System(
@@ -306,6 +306,8 @@ def main():
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
+        if args.device == 'cuda' and not torch.cuda.is_available():
+            raise ValueError('PyTorch sees no CUDA device: use --device cpu')
         root = make_dataset(args.system, args.data_dir, args.preset, args.seed, args.device)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

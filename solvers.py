@@ -105,7 +105,7 @@ class ActiveMatter:
         self.keep = keep.to(dtype)
         self.ikx, self.iky = 1j * kx * self.keep, 1j * ky * self.keep
         # streamfunction psi of the flow driven by a traceless stress s = s_xx + i s_xy:
-        # lap^2 psi = (d_xx - d_yy) s_xy - 2 d_xy s_xx, negated; u = psi_y, v = -psi_x
+        # lap^2 psi = (d_xx - d_yy) s_xy - 2 d_xy s_xx; u = psi_y, v = -psi_x
         inverse_k4 = torch.where(k2 > 0, 1 / k2.clamp(min=1e-12)**2, torch.zeros_like(k2)) * self.keep
         self.psi_xx, self.psi_xy = 2 * kx * ky * inverse_k4, -(kx**2 - ky**2) * inverse_k4
         # e = (-kx ky + i (kx^2 - ky^2)/2) psi. The stress part beta/4 e of an isotropic, uniform
@@ -158,7 +158,10 @@ class ActiveMatter:
         self.state = E * q + dt / 2 * (E * n0 + n1)
 
     def advance(self, duration):
-        for _ in range(round(duration / self.dt)):
+        steps = round(duration / self.dt)
+        if abs(steps * self.dt - duration) > 1e-6 * duration:
+            raise ValueError(f'{duration} is not a whole number of time steps of {self.dt}')
+        for _ in range(steps):
             self.step()
 
     def moments(self):

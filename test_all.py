@@ -416,6 +416,17 @@ def test_spectral_in_space():
     assert np.abs(b - c).max() < np.abs(a - c).max() / 500
 
 
+def test_frames_are_as_far_apart_as_written():
+    """Every preset's time steps fit between two frames; those that do not are refused."""
+    for system in simulate.SYSTEMS.values():
+        for preset in system.presets.values():
+            if 'dt' in preset.settings:
+                steps = system.dt_save / preset.settings['dt']
+                assert steps == pytest.approx(round(steps), rel=1e-9)
+    with pytest.raises(ValueError, match='whole number'):
+        developed(N=16, dt=0.02, steps=1).advance(0.25)
+
+
 def test_simulation_is_reproducible():
     """Bit for bit, and whatever runs in the same batch."""
     def run(*seeds):

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import json
 import math
 import subprocess
@@ -114,7 +115,7 @@ PRESETS = {
     'videomae': {
         'paper': dict(noise=0.0, lr=1.5e-4),                             # its target is the pixels: no noise on them
         'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True,
-                     width=128, depth=4, heads=2, patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
+                     width=64, depth=4, heads=2, patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
                      batch=32, micro_batch=32, steps=1200, lr=1.5e-3, warmup_epochs=0.3)},
     'mpp': {                                                             # both standardise their inputs themselves
         'paper': dict(noise=0.0),
@@ -161,7 +162,10 @@ def resolve(flags, simulated_preset):
         raise ValueError(f'unknown model {c.model!r}: choose from {", ".join(PRESETS)}')
     if c.preset not in PRESETS[c.model]:
         raise ValueError(f'unknown preset {c.preset!r}: choose from auto, {", ".join(PRESETS[c.model])}')
-    c = Config(**{**PRESETS[c.model][c.preset], **flags, 'preset': c.preset})
+    preset = dict(PRESETS[c.model][c.preset])
+    if 'size' in flags:                                                  # a named size goes before the preset's own
+        preset |= dict(width=0, depth=0, heads=0)
+    c = Config(**{**preset, **flags, 'preset': c.preset})
     system = SYSTEMS[c.data]
     c.stride = c.stride or system.stride
     c.noise = system.noise if c.noise < 0 else c.noise
@@ -182,6 +186,11 @@ def resolve(flags, simulated_preset):
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
     if c.model in SIZES and c.size not in ('', *SIZES[c.model]):
         raise ValueError(f'{c.model} has no size {c.size!r}: choose from {", ".join(SIZES[c.model])}')
+    for name in 'save_every', 'patch', 'chunks', 'max_steps', 'stride', 'decoder_width':
+        if getattr(c, name) < 1:
+            raise ValueError(f'{name} must be at least 1, not {getattr(c, name)}')
+    if c.widths[-1] % 8:
+        raise ValueError(f'the probes need a last width divisible by their 8 heads, not {c.widths[-1]}')
     if c.resolution:
         check_size(c, (c.resolution, c.resolution))
     return c
@@ -192,7 +201,7 @@ def check_size(c, shape):
     unit = c.patch if c.model == 'videomae' else 16
     if c.crop > min(shape):
         raise ValueError(f'crop {c.crop} is larger than the fields, {shape[0]} x {shape[1]}')
-    for side in (c.crop,) if c.crop else shape:
+    for side in (c.crop, *(shape if c.model == 'jepa' else ())) if c.crop else shape:         # JEPA is probed uncropped
         if side % unit or side < 1:
             raise ValueError(f'{c.model} needs sides divisible by {unit}, not {side}: choose another --resolution or '
                              f'--crop')
@@ -308,6 +317,8 @@ def embedding_health(z):
     The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007).
     """
     z = z.movedim(1, -1).reshape(-1, z.shape[1]).float().cpu()           # (rows, D)
+    if len(z) < 2:
+        return 0.0, 1.0
     p = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
     p = p / p.sum().clamp(min=1e-12)
     return z.std(0).mean().item(), torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
@@ -338,16 +349,23 @@ def train(flags):
     say = print if master else lambda *a: None
     if world > 1:
         cuda = torch.cuda.is_available() and flags.get('device', 'auto') != 'cpu'
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        if cuda and int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
+            raise ValueError(f'more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node')
         if cuda:
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        # the others wait while rank 0 simulates or caches, which may take hours
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=datetime.timedelta(days=2))
 
     # data
     data_dir = flags.get('data_dir') or os.environ.get('THE_WELL_DATA_DIR', 'data')
     name = flags.get('data', Config.data)
     if name in SYSTEMS and not (Path(data_dir) / name).exists():         # refuse bad flags before simulating
         Path(resolve(flags, 'nano').out).mkdir(parents=True, exist_ok=True)
-    root, system, simulated = find_dataset(name, data_dir, build=master)
+    if master:
+        find_dataset(name, data_dir, build=True)
+    if world > 1:
+        dist.barrier()
+    root, system, simulated = find_dataset(name, data_dir)
     c = resolve({**flags, 'data_dir': str(data_dir)}, simulated)
     if c.micro_batch % world:
         raise ValueError(f'micro_batch {c.micro_batch} does not divide over {world} ranks')
@@ -450,9 +468,11 @@ def train(flags):
             for micro in range(accumulate):
                 x = (next(batches).to(device, real, non_blocking=True) - mean) / std          # (local, C, 32, H, W)
                 if c.noise > 0:
-                    g = torch.Generator(device).manual_seed(((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank)
+                    own = ((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank
+                    g = torch.Generator(device).manual_seed(own % 2**63)
                     x = x + c.noise * torch.randn(x.shape, generator=g, device=device, dtype=real)
-                generator = torch.Generator().manual_seed((c.seed * 2**20 + step) * 1024 + micro)    # same on all ranks
+                common = (c.seed * 2**20 + step) * 1024 + micro
+                generator = torch.Generator().manual_seed(common % 2**63)                     # same on all ranks
                 last = micro == accumulate - 1
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with autocast():
@@ -460,9 +480,15 @@ def train(flags):
                     (losses['loss'] / accumulate).backward()
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.item() / accumulate
-            if not math.isfinite(sums['loss']):
+            if world > 1:                                                # the global batch's, the same on all ranks
+                values = torch.tensor(list(sums.values()), device=device, dtype=torch.float64)
+                dist.all_reduce(values)
+                sums = dict(zip(sums, (values / world).tolist()))
+            finite = all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+            if not math.isfinite(sums['loss']) or not finite:
                 bar.close()
-                raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}; the last good checkpoint is kept '
+                raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}, its gradient '
+                                         f'{"" if finite else "not "}finite; the last good checkpoint is kept '
                                          f'({checkpoint if checkpoint.exists() else "none yet"}): try a lower --lr')
             optimizer.step()
             took = time.perf_counter() - started
