@@ -143,9 +143,9 @@ class JEPA(nn.Module):
 
     def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6,
                  sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5,
-                 standardize=False, residual=False, paired=True, pool=False):
+                 standardize=False, residual=False, paired=True):
         super().__init__()
-        self.standardize, self.residual, self.paired, self.pool = standardize, residual, paired, pool
+        self.standardize, self.residual, self.paired = standardize, residual, paired
         self.encoder = Encoder(channels, widths, blocks, layer_scale)
         self.predictor = Predictor(widths[-1], layer_scale)
         self.loss_settings = dict(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, chunks=chunks)
@@ -153,8 +153,6 @@ class JEPA(nn.Module):
     def forward(self, context, target, generator=None):
         z, z_next = self.encoder(torch.cat([context, target])).chunk(2)  # (B, D, h, w) each
         self.embedding = z_next.detach()
-        if self.pool:
-            z, z_next = (m.mean((2, 3), keepdim=True) for m in (z, z_next))    # (B, D, 1, 1)
         z, z_next = gather(z), gather(z_next)                            # (world * B, D, h, w)
         if self.standardize:
             z, z_next = standardize(z), standardize(z_next)

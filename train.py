@@ -74,7 +74,6 @@ class Config:
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
-    pool: bool = option(False, 'average the embedding over space before predictor and loss')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
     # the transformers: VideoMAE, MPP, DISCO
     size: str = option('', 'videomae: tiny or small (default); mpp: Ti (default), S, B or L')
@@ -220,7 +219,7 @@ def build_model(c, channels):
     torch.manual_seed(c.seed)
     if c.model == 'jepa':
         model = JEPA(len(channels), c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
-                     c.standardize, c.residual, c.paired, c.pool)
+                     c.standardize, c.residual, c.paired)
         return model.double() if c.dtype == 'float64' else model
     own = SIZES[c.model][c.size or {'videomae': 'small', 'mpp': 'Ti', 'disco': ''}[c.model]]
     width, depth, heads = (asked or default for asked, default in zip((c.width, c.depth, c.heads), own))
