@@ -31,7 +31,7 @@ import solvers
 from data import FRAMES, SYSTEMS, WINDOW, Split
 from jepa import JEPA, ChannelNorm, DepthwiseConv3d
 from probe import AttentiveProbe
-from train import keep_freed_memory, peak_memory
+from train import check_device, keep_freed_memory, peak_memory
 from videomae import SIZES, VideoMAE, positions, tube_masks
 
 ROWS = []
@@ -283,8 +283,8 @@ def reading(grid, resolution=0, crop=0, reads=30):
         split = Split(folder, SYSTEMS['active_matter'], 'train', resolution, progress=False)
 
         def place(seed):                                                 # where Split.load cuts with this seed
-            corner = [np.random.default_rng(seed).integers(grid - crop + 1, size=2)] if crop else [(0, 0)]
-            return [slice(a, a + (crop or grid)) for a in corner[0]]
+            corner = np.random.default_rng(seed).integers(grid - crop + 1, size=2) if crop else (0, 0)
+            return [slice(a, a + (crop or grid)) for a in corner]
 
         with h5py.File(path) as f:
             jobs = [(w, seed) for seed in range(2 * reads) for w in rng.permutation(split.windows)]
@@ -349,8 +349,7 @@ def main():
     parser.add_argument('--json', type=Path, help='also write the numbers to this file')
     args = parser.parse_args()
     try:
-        if args.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('PyTorch sees no CUDA device: use --device cpu')
+        check_device(args.device)
         if args.json and not args.json.parent.is_dir():
             raise ValueError(f'{args.json.parent} is no folder to write {args.json.name} to')
         machine = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'

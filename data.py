@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import simulate
+from simulate import write_text
 
 FRAMES = 16                 # of context, and as many of target
 WINDOW = 2 * FRAMES
@@ -40,6 +41,11 @@ class System:
     warmup_epochs: float
     log_labels: tuple = ()  # labels taken in log10
     shown: tuple = ()       # (name in the files, name for people)
+
+    def part(self, whole):
+        """(crop, periodic) of the whole domain, or of the paper's part of it: a cut axis is not periodic."""
+        crop = ((0, 1), (0, 1)) if whole else self.crop
+        return crop, [p and kept == (0, 1) for p, kept in zip(self.periodic, crop)]
 
 
 SYSTEMS = {
@@ -165,9 +171,7 @@ def build_cache(files, crop, resolution, path, progress=True):
     mean = total / count
     meta['mean'], meta['std'] = mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()
     os.replace(part, path.with_suffix('.bin'))
-    part = path.with_suffix('.json.part')
-    part.write_text(json.dumps(meta))
-    os.replace(part, path.with_suffix('.json'))
+    write_text(path.with_suffix('.json'), json.dumps(meta))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ class Split:
             raise ValueError(f"no HDF5 files in {folder}: point --data-dir at a folder in The Well's layout")
         cache_dir = Path(cache_dir or Path(root) / 'cache')
         cache_dir.mkdir(parents=True, exist_ok=True)
-        crop = ((0, 1), (0, 1)) if whole else system.crop
+        crop, self.periodic = system.part(whole)
         settings = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '')
         if cache_dir != Path(root) / 'cache':                            # a folder that several datasets may share
             place = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:6]
@@ -205,7 +209,6 @@ class Split:
                     old.unlink()
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
-        self.periodic = [p and part == (0, 1) for p, part in zip(system.periodic, crop)]
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
         # 'c': copy on write, because torch wants arrays it could write to; nobody does
         self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'c', shape=tuple(meta['shape']))

@@ -17,6 +17,7 @@ import os
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -28,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 import probe
-from data import FRAMES, SYSTEMS, Split, find_dataset
-from train import Config, build_model, keep_freed_memory, load_checkpoint, peak_memory, restore
+from data import FRAMES, SYSTEMS, Split, find_dataset, write_text
+from train import Config, build_model, check_device, keep_freed_memory, load_checkpoint, peak_memory, restore
 
 TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE', 'disco': 'DISCO', 'mpp': 'MPP'}
 PAPER = {                # arXiv 2603.13227, table 1: attentive probe, mean over the parameters; MPP fully fine-tuned
@@ -160,8 +161,7 @@ def finetune(run, windows, targets, args, device, tick):
     with torch.no_grad():
         dim = function(load('train', slice(0, 1))[0]).shape[-1]
     torch.manual_seed(args.seed)
-    mlp_ratio = args.mlp_ratio or probe.paper_mlp_ratio(dim)
-    head = probe.AttentiveProbe(dim, targets['train'].shape[-1], mlp_ratio).to(device)
+    head = probe.AttentiveProbe(dim, targets['train'].shape[-1], args.mlp_ratio).to(device)
     optimizer = torch.optim.AdamW([{'params': model.parameters(), 'lr': args.finetune_lr},
                                    {'params': head.parameters(), 'lr': 1e-3}], weight_decay=0.01)
     batches = math.ceil(len(windows['train']) / args.batch)
@@ -173,7 +173,7 @@ def finetune(run, windows, targets, args, device, tick):
             parts = [load(name, slice(i, i + args.batch)) for i in range(0, len(windows[name]), args.batch)]
             return torch.cat([(head(function(x).float()) - y).pow(2) for x, y in parts]).mean(0).cpu()
 
-    best, result = math.inf, None
+    best, best_state, both = math.inf, None, torch.nn.ModuleList([model, head])
     for _ in range(args.finetune):
         for index in torch.randperm(len(windows['train']), generator=order).split(args.batch):
             x, y = load('train', index.numpy())
@@ -184,20 +184,22 @@ def finetune(run, windows, targets, args, device, tick):
             tick()
         on_valid = error('valid').mean().item()
         if on_valid < best:
-            best, result = on_valid, error('test')
-    if result is None:
+            best, best_state = on_valid, copy.deepcopy(both.state_dict())
+    if best_state is None:
         raise FloatingPointError('fine-tuning diverged: its error on valid is not a number; try a lower --finetune-lr')
-    return result
+    both.load_state_dict(best_state)
+    return error('test')
 
 
 # ---------------------------------------------------------------------------------------------
 # the table
 
-def newest_checkpoint():
+def checkpoints():
+    """Those under out/, the newest last; ValueError if there is none."""
     found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError('no checkpoint under out/: train one with python train.py --data active_matter, or name one')
-    return found[-1]
+    return found
 
 
 class Run:
@@ -230,7 +232,7 @@ class Run:
 def evaluate(args):
     started = time.perf_counter()
     device = torch.device(args.device)
-    runs = [Run(Path(p), args.data_dir) for p in args.checkpoints or [newest_checkpoint()]]
+    runs = [Run(Path(p), args.data_dir) for p in args.checkpoints or checkpoints()[-1:]]
     first = runs[0]
     if any((r.c.data, r.state['labels'], r.splits['test'].runs) != (first.c.data, first.state['labels'],
                                                                     first.splits['test'].runs) for r in runs):
@@ -291,10 +293,7 @@ def evaluate(args):
     result['seconds'] = time.perf_counter() - started
     print_table(result)
     for run in runs:
-        out = run.path.with_name('eval.json')
-        part = out.with_name('eval.json.part')
-        part.write_text(json.dumps(result, indent=1))
-        os.replace(part, out)
+        write_text(run.path.with_name('eval.json'), json.dumps(result, indent=1))
     print(f'{result["seconds"] / 60:.1f} min, peak memory {peak_memory():.1f} GB; the same numbers are in '
           + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
 
@@ -319,8 +318,7 @@ def table_one(args):
     row yet. A fine-tuned row goes before a frozen one, and is marked.
     """
     newest, cells = {}, {}
-    newest_checkpoint()                                                  # there must be one
-    for path in sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime):
+    for path in checkpoints():
         c = load_checkpoint(path)['config']
         newest[c['data'], c['model']] = path
     for (system, model), path in newest.items():
@@ -363,8 +361,7 @@ def main():
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
-        if args.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('PyTorch sees no CUDA device: use --device cpu')
+        check_device(args.device)
         table_one(args) if args.all else evaluate(args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

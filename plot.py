@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image                                                    # comes with matplotlib
 
 from data import find_dataset, read_file
-from eval import newest_checkpoint
+from eval import checkpoints
 
 SHOWN = {                                        # the two parameters, and what the examples show of the flow
     'active_matter': ('alpha', 'zeta', 'speed'),
@@ -136,7 +136,7 @@ def save(figure, path):
 
 
 def plot(args):
-    run = Path(args.run) if args.run else newest_checkpoint().parent
+    run = Path(args.run) if args.run else checkpoints()[-1].parent
     if run.is_file():
         run = run.parent
     log, table = run / 'log.jsonl', run / 'eval.json'

@@ -21,12 +21,13 @@ class AttentiveProbe(nn.Module):
     """tokens (B, N, D) -> label estimates (B, L). Bardes et al.'s attentive pooler of depth one, as the paper uses it.
 
     A learned query cross-attends the layer-normed tokens (no projection after the attention, the query
-    itself is not normalised), then an MLP and a linear layer. The MLP's ratio sets the probe's size:
-    the paper takes 12 at width 128 and 0.25 at width 384, so that probes of different encoders match.
+    itself is not normalised), then an MLP and a linear layer. The MLP's ratio sets the probe's size: the
+    paper takes 12 at width 128 and 0.25 at width 384, so that probes of different encoders match; 0: so here.
     """
 
-    def __init__(self, dim, labels, mlp_ratio=12.0, heads=8):
+    def __init__(self, dim, labels, mlp_ratio=0.0, heads=8):
         super().__init__()
+        mlp_ratio = mlp_ratio or (12.0 if dim <= 128 else 0.25)
         self.heads = heads
         self.query = nn.Parameter(torch.empty(1, 1, dim))
         self.norm1 = nn.LayerNorm(dim)
@@ -63,22 +64,16 @@ class AttentiveProbe(nn.Module):
         return self.linear(self.pool(tokens))
 
 
-def paper_mlp_ratio(dim):
-    """12 for JEPA's width of 128 and 0.25 for VideoMAE's of 384, so that their probes are of like size."""
-    return 12.0 if dim <= 128 else 0.25
-
-
 def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
               device='cpu', tick=lambda: None):
     """Test error of an AttentiveProbe after the epoch that was best on valid, and its number of parameters.
 
-    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch. mlp_ratio 0: the paper's.
+    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
     """
     splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
     torch.manual_seed(seed)
-    dim = tokens.shape[-1]
-    probe = AttentiveProbe(dim, labels.shape[-1], mlp_ratio or paper_mlp_ratio(dim)).to(device)
+    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(tokens) / batch)
     warmup, total = warmup_epochs * per_epoch, epochs * per_epoch

@@ -17,6 +17,21 @@ import torch
 from numpy.polynomial import legendre
 
 
+def periodic_wavenumbers(shape, lengths, like):
+    """kx (Nx, 1), ky (1, Ny/2+1) of rfft2 on a periodic box, and 1 where the 2/3 rule keeps a mode, else 0.
+
+    In the dtype and on the device of the tensor `like`.
+    """
+    (Nx, Ny), (LX, LY) = shape, lengths
+    kx = like.new_tensor(2 * np.pi / LX * np.fft.fftfreq(Nx, 1 / Nx)).view(Nx, 1)
+    ky = like.new_tensor(2 * np.pi / LY * np.arange(Ny // 2 + 1)).view(1, -1)
+    return kx, ky, ((kx.abs() < kx.abs().max() * 2 / 3) & (ky < ky.max() * 2 / 3)).to(like.dtype)
+
+
+def to_grid(f, shape):
+    """rfft2's inverse, (..., Nx, Ny/2+1) -> (..., Nx, Ny), in one flat batch: twice as fast on CPU."""
+    return torch.fft.irfft2(f.flatten(0, -3), s=shape).view(*f.shape[:-2], *shape)
+
 
 def share_of_tail(f, kx, ky):
     """Share of the sum of |f|^2, f (B, C, Nx, Ny/2+1) in Fourier space, beyond 2/3 of max kx or max ky: (B,)."""
@@ -97,12 +112,8 @@ class ActiveMatter:
         column = lambda v: torch.as_tensor(v, dtype=dtype, device=device).view(-1, 1, 1)
         self.alpha, self.zeta = column(alpha), column(zeta)
         self.beta, self.sweeps, self.dt, self.N = beta, sweeps, dt, N
-        k = 2 * np.pi / box * np.fft.fftfreq(N, 1 / N)
-        kx = torch.tensor(k, dtype=dtype, device=device).view(N, 1)
-        ky = torch.tensor(np.abs(k[:N // 2 + 1]), dtype=dtype, device=device).view(1, N // 2 + 1)
+        kx, ky, self.keep = periodic_wavenumbers((N, N), (box, box), c)
         k2 = kx**2 + ky**2
-        keep = (kx.abs() < ky.max() * 2 / 3) & (ky < ky.max() * 2 / 3)   # 2/3 rule
-        self.keep = keep.to(dtype)
         self.ikx, self.iky = 1j * kx * self.keep, 1j * ky * self.keep
         # streamfunction psi of the flow driven by a traceless stress s = s_xx + i s_xy:
         # lap^2 psi = (d_xx - d_yy) s_xy - 2 d_xy s_xx; u = psi_y, v = -psi_x
@@ -115,15 +126,11 @@ class ActiveMatter:
         self.k2 = k2
         decay = torch.stack([-d_t * k2, -d_t * k2 - 4 * d_r, -d_t * k2 - 4 * d_r])
         self.propagator = torch.exp(decay * dt)                          # (3, N, N/2+1)
-        self.state = self.forward_fft(torch.stack([c, m.real, m.imag], 1)) * self.keep
+        self.state = torch.fft.rfft2(torch.stack([c, m.real, m.imag], 1)) * self.keep
         self.e = torch.zeros_like(m)                                     # last strain rate: the sweeps' first guess
 
-    def forward_fft(self, f):
-        return torch.fft.rfft2(f)
-
-    def inverse_fft(self, f):
-        flat = f.reshape(-1, *f.shape[-2:])                              # a flat batch: twice as fast on CPU
-        return torch.fft.irfft2(flat, s=(self.N, self.N)).view(*f.shape[:-1], self.N)
+    def grid(self, f):
+        return to_grid(f, (self.N, self.N))
 
     def flow(self, c, m, m4):
         """Streamfunction (B, N, N/2+1), in Fourier space, and strain rate e (B, N, N) of the Stokes flow."""
@@ -131,24 +138,24 @@ class ActiveMatter:
         e = self.e
         for _ in range(self.sweeps):
             stress = active + self.beta / 4 * ((c - 1) * e + e.conj() * m4)
-            s = self.forward_fft(torch.stack([stress.real, stress.imag]))
+            s = torch.fft.rfft2(torch.stack([stress.real, stress.imag]))
             psi = (self.psi_xx * s[0] + self.psi_xy * s[1]) / self.thickening
-            e = torch.complex(*self.inverse_fft(torch.stack([self.exx_psi * psi, self.exy_psi * psi])))
+            e = torch.complex(*self.grid(torch.stack([self.exx_psi * psi, self.exy_psi * psi])))
         self.e = e
         return psi, e
 
     def tendency(self, state):
         """Everything but diffusion: d/dt of the Fourier state (B, 3, N, N/2+1)."""
-        grid = self.inverse_fft(torch.cat([state, self.ikx * state, self.iky * state], 1))     # (B, 9, N, N)
+        grid = self.grid(torch.cat([state, self.ikx * state, self.iky * state], 1))     # (B, 9, N, N)
         c, m = grid[:, 0], torch.complex(grid[:, 1], grid[:, 2])
         m4 = fourth_moment(c, m)
         psi, e = self.flow(c, m, m4)
-        u, v, w = self.inverse_fft(torch.stack([self.iky * psi, -self.ikx * psi, self.k2 * psi]))
+        u, v, w = self.grid(torch.stack([self.iky * psi, -self.ikx * psi, self.k2 * psi]))
         A = e + self.zeta * m
         turn = 1j * w * m + A * c - A.conj() * m4
         change = -(u[:, None] * grid[:, 3:6] + v[:, None] * grid[:, 6:9])
         change = change + torch.stack([torch.zeros_like(c), turn.real, turn.imag], 1)
-        return self.forward_fft(change) * self.keep
+        return torch.fft.rfft2(change) * self.keep
 
     def step(self):
         """One integrating-factor Heun step: diffusion exactly, the rest to second order in dt."""
@@ -166,12 +173,12 @@ class ActiveMatter:
 
     def moments(self):
         """dict of (B, N, N) grids: c, m (complex), u, v, e (complex), of the present state."""
-        c, m_re, m_im = self.inverse_fft(self.state).unbind(1)
+        c, m_re, m_im = self.grid(self.state).unbind(1)
         m = torch.complex(m_re, m_im)
         m4 = fourth_moment(c, m)
         for _ in range(3):                                               # converge e to round-off for output
             psi, e = self.flow(c, m, m4)
-        u, v = self.inverse_fft(torch.stack([self.iky * psi, -self.ikx * psi]))
+        u, v = self.grid(torch.stack([self.iky * psi, -self.ikx * psi]))
         return {'c': c, 'm': m, 'u': u, 'v': v, 'e': e}
 
     def fields(self):
@@ -267,9 +274,7 @@ class ShearFlow(ExponentialSolver):
         B, _, Nx, Ny = velocity.shape
         dtype, device = velocity.dtype, velocity.device
         self.shape = Nx, Ny
-        kx = torch.tensor(2 * np.pi / self.LX * np.fft.fftfreq(Nx, 1 / Nx), dtype=dtype, device=device).view(Nx, 1)
-        ky = torch.tensor(2 * np.pi / self.LY * np.arange(Ny // 2 + 1), dtype=dtype, device=device).view(1, -1)
-        keep = ((kx.abs() < kx.abs().max() * 2 / 3) & (ky < ky.max() * 2 / 3)).to(dtype)                 # 2/3 rule
+        kx, ky, keep = periodic_wavenumbers(self.shape, (self.LX, self.LY), tracer)
         k2 = kx**2 + ky**2
         self.ikx, self.iky = 1j * kx * keep, 1j * ky * keep
         self.inverse_k2 = torch.where(k2 > 0, 1 / k2.clamp(min=1e-12), torch.zeros_like(k2)) * keep
@@ -281,8 +286,7 @@ class ShearFlow(ExponentialSolver):
         self.state = torch.stack([self.ikx * v - self.iky * u, torch.fft.rfft2(tracer) * keep], 1)
 
     def grid(self, f):
-        """Fourier space to grid; a flat batch is faster on CPU."""
-        return torch.fft.irfft2(f.flatten(0, -3), s=self.shape).view(*f.shape[:-2], *self.shape)
+        return to_grid(f, self.shape)
 
     def velocity_and_tracer(self, state):
         """u, v, s on the grid, (B, Nx, Ny) each; u = psi_y and v = -psi_x of the streamfunction, -lap psi = w."""

@@ -11,13 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import test_all
 from baselines import disco
 from baselines.disco import DISCO, WELL, bosh3, load_official, read_latents, standardize
-from test_all import both_dtypes, check_parity, filled, inputs
+from test_all import PARITY, both_dtypes, check_parity, filled, inputs
 
-PARITY = np.load(Path(__file__).resolve().parent / 'testdata' / 'parity_disco.npz')
-test_all.PARITY = {**test_all.PARITY, **PARITY}
 TINY = dict(dim=32, blocks=2, heads=2, patch=8, hidden=16, width=4, layer_scale=1.0, max_steps=2)
 SMALL = dict(dim=96, blocks=2, heads=6, hidden=32)
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import videomae
 from baselines import mpp
 from baselines.disco import DISCO
-from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset
+from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset, write_text
 from jepa import JEPA
 from videomae import VideoMAE
 
@@ -179,8 +179,7 @@ def resolve(flags, simulated_preset):
     if c.dtype not in ('float32', 'bfloat16', 'float64'):
         raise ValueError(f'unknown dtype {c.dtype!r}: choose from float32, bfloat16, float64')
     c.micro_batch = min(c.micro_batch, c.batch)
-    if c.device not in ('cpu', 'cuda') or c.device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {c.device!r} is not to be had here: --device cpu always is')
+    check_device(c.device)
     if c.micro_batch < 1 or c.batch % c.micro_batch:
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
     if c.model in SIZES and c.size not in ('', *SIZES[c.model]):
@@ -193,6 +192,12 @@ def resolve(flags, simulated_preset):
     if c.resolution:
         check_size(c, (c.resolution, c.resolution))
     return c
+
+
+def check_device(device):
+    """Raise ValueError unless `device` is cpu, or cuda where there is one."""
+    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device {device!r} is not to be had here: --device cpu always is')
 
 
 def check_size(c, shape):
@@ -220,21 +225,24 @@ def build_model(c, channels):
     if c.model == 'jepa':
         model = JEPA(len(channels), c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
                      c.standardize, c.residual, c.paired)
-        return model.double() if c.dtype == 'float64' else model
+    else:
+        model = build_transformer(c, channels)
+    return model.double() if c.dtype == 'float64' else model
+
+
+def build_transformer(c, channels):
+    """VideoMAE, MPP or DISCO: of the size that is named, but for a width, depth or heads of the Config's own."""
     own = SIZES[c.model][c.size or {'videomae': 'small', 'mpp': 'Ti', 'disco': ''}[c.model]]
     width, depth, heads = (asked or default for asked, default in zip((c.width, c.depth, c.heads), own))
     if c.model == 'videomae':
-        model = VideoMAE(len(channels), width, depth, heads, c.patch, mask_ratio=c.mask_ratio,
-                         decoder_width=c.decoder_width, decoder_depth=c.decoder_depth,
-                         decoder_heads=max(1, c.decoder_width // 64))
-    elif c.model == 'mpp':
-        system = SYSTEMS[c.data]                                         # a cut through the domain ends its period
-        periodic = [p and not c.crop and (c.whole or part == (0, 1)) for p, part in zip(system.periodic, system.crop)]
-        model = mpp.MPP(channels, periodic, (width, depth, heads), layer_scale=c.layer_scale)
-    else:
-        model = DISCO(c.data, channels, dim=width, blocks=depth, heads=heads, patch=c.patch, hidden=c.generator_width,
-                      width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
-    return model.double() if c.dtype == 'float64' else model
+        return VideoMAE(len(channels), width, depth, heads, c.patch, mask_ratio=c.mask_ratio,
+                        decoder_width=c.decoder_width, decoder_depth=c.decoder_depth,
+                        decoder_heads=max(1, c.decoder_width // 64))
+    if c.model == 'mpp':
+        periodic = (False, False) if c.crop else SYSTEMS[c.data].part(c.whole)[1]
+        return mpp.MPP(channels, periodic, (width, depth, heads), layer_scale=c.layer_scale)
+    return DISCO(c.data, channels, dim=width, blocks=depth, heads=heads, patch=c.patch, hidden=c.generator_width,
+                 width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
 
 
 def save_checkpoint(path, **state):
@@ -411,9 +419,7 @@ def train(flags):
     if master:
         kept = [line for line in (log_path.read_text().splitlines() if log_path.exists() else [])
                 if line.endswith('}') and json.loads(line)['step'] < step]
-        part = log_path.with_name('log.jsonl.part')
-        part.write_text(''.join(line + '\n' for line in kept))
-        os.replace(part, log_path)
+        write_text(log_path, ''.join(line + '\n' for line in kept))
 
     say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
         f'labels {", ".join(dict(system.shown).get(name, name) for name in labels)}')
@@ -483,7 +489,8 @@ def train(flags):
                 values = torch.tensor(list(sums.values()), device=device, dtype=torch.float64)
                 dist.all_reduce(values)
                 sums = dict(zip(sums, (values / world).tolist()))
-            finite = all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            finite = torch.stack([g.isfinite().all() for g in gradients]).all().item()        # one wait for the GPU
             if not math.isfinite(sums['loss']) or not finite:
                 bar.close()
                 raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}, its gradient '
