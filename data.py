@@ -143,7 +143,7 @@ def build_cache(files, crop, resolution, path, progress=True):
         raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
     meta = {'channels': list(channels), 'shape': None, 'runs': []}
     count, total, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
-    part = path.with_suffix('.bin.part')
+    part = path.with_suffix(f'.{os.getpid()}.part')                      # two runs may start at once
     with open(part, 'wb') as out:
         for file in tqdm(files, desc=f'caching {path.name}', unit='file', disable=not progress):
             f, file_channels, scalars, shape = read_file(file)
@@ -203,9 +203,9 @@ class Split:
             try:
                 build_cache(files, crop, resolution, path, progress)
             finally:                                                     # a failed build leaves nothing behind
-                path.with_suffix('.bin.part').unlink(missing_ok=True)
+                path.with_suffix(f'.{os.getpid()}.part').unlink(missing_ok=True)
             for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):       # same settings, older contents
-                if old.stem != path.name:
+                if not old.name.startswith(path.name):
                     old.unlink()
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']

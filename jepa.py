@@ -180,9 +180,18 @@ class JEPA(nn.Module):
 def load_official(model, path):
     """Load an official ConvEncoder_*.pth (a bare state dict, with or without 'module.') into model.encoder.
 
-    Raises ValueError, naming the key, if anything is missing, unknown or of another shape.
+    Raises ValueError for a file that is cut short, would run code or holds no state dict, and, naming the key,
+    if anything is missing, unknown or of another shape.
     """
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:                                               # pickle, zip and io errors of many kinds
+        raise ValueError(f'{path} cannot be read ({type(e).__name__}): it is cut short, or no file of plain tensors') \
+            from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise ValueError(f'{path} holds no state dict')
     state = {k.removeprefix('module.'): v for k, v in state.items()}
     own = model.encoder.state_dict()
     for k in sorted(own.keys() | state.keys()):

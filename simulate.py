@@ -199,7 +199,7 @@ def write_well_file(path, name, pair, fields):
 
 def write_text(path, text):
     """A text file that is complete or not there at all."""
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
     part.write_text(text)
     os.replace(part, path)
 

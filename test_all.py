@@ -35,6 +35,7 @@ import simulate
 import solvers
 import train
 import videomae
+from baselines import mpp
 from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_official
 from vicreg import covariance_loss, variance_loss, vicreg_loss, vicreg_loss_maps
 from videomae import VideoMAE
@@ -1114,6 +1115,25 @@ def test_cache_is_reused_and_rebuilt(published):
     assert stamps() == now and len(list(elsewhere.iterdir())) == 2
 
 
+def test_two_runs_may_build_the_cache_at_once(published, monkeypatch):
+    """Another process builds the same one, from start to end, while this one is about to finish."""
+    replace, other = os.replace, f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import data
+data.Split({str(published)!r}, data.SYSTEMS['active_matter'], 'train', 0, progress=False)
+"""
+
+    def late(*paths):
+        monkeypatch.undo()
+        subprocess.run([sys.executable, '-c', other], check=True)
+        replace(*paths)
+    monkeypatch.setattr(data.os, 'replace', late)
+    split = open_split(published)
+    assert np.array_equal(split.fields[0], from_file(files_of(published)[0], 0, slice(None)))
+    assert sorted(p.suffix for p in (published / 'cache').iterdir()) == ['.bin', '.json']
+
+
 # ---------------------------------------------------------------------------------------------
 # videomae.py
 #
@@ -1777,6 +1797,33 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     rows = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())['rows']
     for name in title, 'random init', f'{title}, fine-tuned', f'{title}, the paper':
         assert np.isfinite(rows[name]['attentive']['mean']) and f'\n{name} ' in table
+
+
+@pytest.mark.parametrize('model', ['jepa', *RIVALS])
+def test_published_weights_are_a_start(well, tmp_path, model):
+    """--init --steps 0 is a checkpoint of the published weights, which eval.py takes; damaged ones are refused."""
+    flags = [*TINY, *RIVALS.get(model, []), '--model', model, '--data-dir', well, '--steps', 0]
+    run('train.py', *flags, '--seed', 5, '--out', 'out/source', cwd=tmp_path)
+    source = train.load_checkpoint(tmp_path / 'out' / 'source' / 'ckpt.pt')
+    assert source['step'] == 0
+    weights = {k.removeprefix('encoder.') if model in ('jepa', 'mpp') else k: v for k, v in source['model'].items()
+               if k.startswith('encoder.') or model in ('videomae', 'disco')}
+    if model == 'mpp':
+        weights |= {k: weights[k].narrow(axis, 0, 12) for k, axis in mpp.STATE_AXIS.items()}
+    torch.save({'videomae': {'model': weights}, 'disco': {'model_state': weights}}.get(model, weights),
+               tmp_path / 'published')
+    run('train.py', *flags, '--init', 'published', '--out', 'out/init', cwd=tmp_path)
+    own = train.load_checkpoint(tmp_path / 'out' / 'init' / 'ckpt.pt')['model']
+    for k, v in weights.items():
+        loaded = own[k if k in own else 'encoder.' + k]
+        assert torch.equal(loaded[tuple(map(slice, v.shape))], v), k
+    if model == 'mpp':
+        assert '\nMPP ' in run('eval.py', 'out/init', '--epochs', 1, '--stride', 16, cwd=tmp_path).stdout
+    if model != 'jepa':                                                  # the loaders' own tests refuse more
+        return
+    (tmp_path / 'cut').write_bytes((tmp_path / 'published').read_bytes()[:3000])
+    assert refused('train.py', *flags, '--init', 'cut', '--out', 'out/cut', cwd=tmp_path, words=['cut']) == set()
+    refused('train.py', *flags, '--init', 'nowhere', '--out', 'out/cut', cwd=tmp_path, words=['nowhere'])
 
 
 def test_several_checkpoints_in_one_table(well, trained, tmp_path):

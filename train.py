@@ -34,8 +34,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import jepa
 import videomae
-from baselines import mpp
+from baselines import disco, mpp
 from baselines.disco import DISCO
 from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset, write_text
 from jepa import JEPA
@@ -75,6 +76,7 @@ class Config:
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
+    init: str = option('', 'published weights to start from: the file of JEPA\'s encoder, VideoMAE, MPP or DISCO')
     # the transformers: VideoMAE, MPP, DISCO
     size: str = option('', 'videomae: tiny or small (default); mpp: Ti (default), S, B or L')
     width: int = option(0, 'of the encoder; 0: as its size says')
@@ -84,6 +86,7 @@ class Config:
     decoder_width: int = option(192, 'width of VideoMAE\'s decoder, 64 a head')
     decoder_depth: int = option(4, 'blocks of VideoMAE\'s decoder')
     mask_ratio: float = option(0.9, 'share of the patches that VideoMAE hides')
+    official_state_map: bool = option(False, 'MPP: channels to states as in the official script, not by name')
     operator_width: int = option(8, 'of DISCO\'s operator, at full resolution')
     generator_width: int = option(768, 'of the layers that make DISCO\'s operator')
     max_steps: int = option(32, '1/max_steps is the least step of DISCO\'s integration')
@@ -91,7 +94,7 @@ class Config:
     batch: int = option(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = option(8, 'windows per forward pass, over all ranks: the loss sees these together')
     epochs: float = option(0.0, 'passes over the training windows; 0: the system\'s (shear flow 6, others 30)')
-    steps: int = option(0, 'optimizer steps; 0: as many as `epochs` need')
+    steps: int = option(-1, 'optimizer steps; -1: as many as `epochs` need; 0: none, to save the initial weights')
     lr: float = option(0.0, 'peak learning rate; 0: the system\'s (active matter 1e-3, others 1e-4)')
     min_lr: float = option(1e-6, 'learning rate at the end')
     warmup_epochs: float = option(-1.0, 'linear warmup, in epochs; -1: the system\'s (active matter 2, others 6)')
@@ -128,6 +131,8 @@ PRESETS = {
 }
 SIZES = {'videomae': {name: (s['width'], 12, s['heads']) for name, s in videomae.SIZES.items()},
          'mpp': mpp.SIZES, 'disco': {'': (384, 12, 6)}}                  # width, depth, heads
+PUBLISHED = {'jepa': jepa.load_official, 'videomae': videomae.load_official, 'mpp': mpp.load_published,
+             'disco': disco.load_official}                               # (model, path), for --init
 
 
 def parse_config(cls, description):
@@ -240,7 +245,7 @@ def build_transformer(c, channels):
                         decoder_heads=max(1, c.decoder_width // 64))
     if c.model == 'mpp':
         periodic = (False, False) if c.crop else SYSTEMS[c.data].part(c.whole)[1]
-        return mpp.MPP(channels, periodic, (width, depth, heads), layer_scale=c.layer_scale)
+        return mpp.MPP(channels, periodic, (width, depth, heads), c.official_state_map, c.layer_scale)
     return DISCO(c.data, channels, dim=width, blocks=depth, heads=heads, patch=c.patch, hidden=c.generator_width,
                  width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
 
@@ -394,7 +399,7 @@ def train(flags):
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
                                   fused=device.type == 'cuda')
     windows = len(data.windows)
-    steps = c.steps or math.ceil(c.epochs * windows / c.batch)
+    steps = c.steps if c.steps >= 0 else math.ceil(c.epochs * windows / c.batch)
     warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
     accumulate = c.batch // c.micro_batch
 
@@ -415,6 +420,8 @@ def train(flags):
         restore(model, state, checkpoint)
         optimizer.load_state_dict(state['optimizer'])
         step, seconds = state['step'], state['seconds']
+    elif c.init:
+        PUBLISHED[c.model](model, c.init)
     log_path = out / 'log.jsonl'
     if master:
         kept = [line for line in (log_path.read_text().splitlines() if log_path.exists() else [])
@@ -510,6 +517,8 @@ def train(flags):
             if master and (step % c.save_every == 0 or step == steps):
                 save(step, seconds)
     bar.close()
+    if master and not checkpoint.exists():                               # no step was asked for
+        save(step, seconds)
     say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '
         f'Next: python eval.py {checkpoint}')
     if world > 1:
