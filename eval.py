@@ -148,13 +148,12 @@ def encoder_function(model, state, c, device, frozen=True):
     return function
 
 
-def finetune(run, windows, targets, args, device, tick):
+def finetune(run, model, windows, targets, args, device, tick):
     """Test error (L,) of encoder and attentive head trained together, after the epoch that was best on valid.
 
     The paper's protocol for MPP. AdamW at --finetune-lr for the encoder, 1e-3 for the head, cosine to zero; windows
     as the probes see them. `tick` is called after every batch.
     """
-    model = run.model(trained=True)
     function = encoder_function(model, run.state, run.c, device, frozen=False)
     load = lambda name, index: (load_windows(run.splits[name], windows[name][index], run.crop),
                                 targets[name][index].float().to(device))
@@ -268,10 +267,11 @@ def evaluate(args):
             model = run.model(trained)
             function = encoder_function(model, run.state, run.c, device)
             rows[title], size = probes(tokens_of(run, function, f'embedding, {title}', run.crop), title)
-        if args.finetune:
-            steps = args.finetune * math.ceil(len(windows['train']) / args.batch)
-            with tqdm(total=steps, desc=f'fine-tuning {name}', unit='step') as bar:
-                rows[f'{name}, fine-tuned'] = {'attentive': finetune(run, windows, targets, args, device, bar.update)}
+            if args.finetune:
+                steps = args.finetune * math.ceil(len(windows['train']) / args.batch)
+                with tqdm(total=steps, desc=f'fine-tuning {title}', unit='step') as bar:
+                    rows[f'{title}, fine-tuned'] = {'attentive': finetune(run, model, windows, targets, args, device,
+                                                                          bar.update)}
         parameters[name] = {'encoder': sum(p.numel() for p in model.encoder.parameters()), 'attentive probe': size}
         print(f'{name}: {run.path}, preset {run.c.preset}, seed {run.c.seed}, step {run.state["step"]}, '
               f'{run.state["samples"]:,} windows seen; {parameters[name]["encoder"]:,} parameters in the encoder, '
