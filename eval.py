@@ -33,6 +33,7 @@ from data import FRAMES, SYSTEMS, Split, find_dataset, write_text
 from train import Config, build_model, check_device, keep_freed_memory, load_checkpoint, peak_memory, restore
 
 TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE', 'disco': 'DISCO', 'mpp': 'MPP'}
+MLP_RATIO = {'mpp': 4.0, 'disco': 4.0}                                   # of the paper's probes; the others' by width
 PAPER = {                # arXiv 2603.13227, table 1: attentive probe, mean over the parameters; MPP fully fine-tuned
     'active_matter': {'jepa': 0.079, 'videomae': 0.160, 'disco': 0.057, 'mpp': 0.230},
     'shear_flow': {'jepa': 0.38, 'videomae': 0.67, 'disco': 0.13, 'mpp': 0.59},
@@ -160,7 +161,7 @@ def finetune(run, model, windows, targets, args, device, tick):
     with torch.no_grad():
         dim = function(load('train', slice(0, 1))[0]).shape[-1]
     torch.manual_seed(args.seed)
-    head = probe.AttentiveProbe(dim, targets['train'].shape[-1], args.mlp_ratio).to(device)
+    head = probe.AttentiveProbe(dim, targets['train'].shape[-1], args.mlp_ratio or run.mlp_ratio).to(device)
     optimizer = torch.optim.AdamW([{'params': model.parameters(), 'lr': args.finetune_lr},
                                    {'params': head.parameters(), 'lr': 1e-3}], weight_decay=0.01)
     batches = math.ceil(len(windows['train']) / args.batch)
@@ -220,6 +221,7 @@ class Run:
 
         # a convolution takes whole fields whatever it was trained on; a transformer's positions are those of its crops
         self.crop = 0 if c.model == 'jepa' else c.crop
+        self.mlp_ratio = MLP_RATIO.get(c.model, 0.0)
 
     def model(self, trained):
         model = build_model(self.c, self.state['channels'])
@@ -251,10 +253,10 @@ def evaluate(args):
             return {name: (embed(run.splits[name], w, function, args.batch, bar, crop), targets[name])
                     for name, w in windows.items()}
 
-    def probes(embedded, description):
+    def probes(run, embedded, description):
         with tqdm(total=args.epochs, desc=f'probing {description}', unit='epoch') as bar:
-            error, size = probe.attentive(embedded, args.mlp_ratio, args.epochs, seed=args.seed, device=device,
-                                          tick=bar.update)
+            error, size = probe.attentive(embedded, args.mlp_ratio or run.mlp_ratio, args.epochs, seed=args.seed,
+                                          device=device, tick=bar.update)
         return {'attentive': error, 'linear': probe.linear(embedded), 'knn': probe.knn(embedded)}, size
 
     rows, parameters, names = {}, {}, []
@@ -266,7 +268,7 @@ def evaluate(args):
         for title, trained in (name, True), ('random init' if len(runs) == 1 else f'{name}, random init', False):
             model = run.model(trained)
             function = encoder_function(model, run.state, run.c, device)
-            rows[title], size = probes(tokens_of(run, function, f'embedding, {title}', run.crop), title)
+            rows[title], size = probes(run, tokens_of(run, function, f'embedding, {title}', run.crop), title)
             if args.finetune:
                 steps = args.finetune * math.ceil(len(windows['train']) / args.batch)
                 with tqdm(total=steps, desc=f'fine-tuning {title}', unit='step') as bar:
@@ -353,9 +355,10 @@ def main():
     parser.add_argument('--batch', type=int, default=16, help='windows embedded at once')
     parser.add_argument('--epochs', type=int, default=100, help='epochs of the attentive probe')
     parser.add_argument('--mlp-ratio', type=float, default=0.0,
-                        help="MLP ratio of the attentive probe (default: the paper's, 12 up to width 128, 0.25 above)")
-    parser.add_argument('--finetune', type=int, nargs='?', const=10, default=0, metavar='EPOCHS',
-                        help='also train encoder and attentive head end to end (10 epochs unless given)')
+                        help="MLP ratio of the attentive probe (default: the paper's, 4 for MPP and DISCO, else 12 up to "
+                             'width 128 and 0.25 above)')
+    parser.add_argument('--finetune', type=int, nargs='?', const=5, default=0, metavar='EPOCHS',
+                        help='also train encoder and attentive head end to end (5 epochs unless given)')
     parser.add_argument('--finetune-lr', type=float, default=1e-5, help='learning rate of the encoder in that')
     parser.add_argument('--seed', type=int, default=0, help='seed of the attentive probe')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')

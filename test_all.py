@@ -1795,10 +1795,23 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     refused('train.py', *flags, '--lr', 1e30, '--save-every', 1, '--out', 'out/c', cwd=tmp_path, words=['the loss is'])
     table = run('eval.py', 'out/a', '--epochs', 2, '--finetune', 1, '--stride', 16, cwd=tmp_path).stdout
     title = {'videomae': 'VideoMAE', 'mpp': 'MPP', 'disco': 'DISCO'}[model]
-    rows = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())['rows']
+    result = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())
+    rows, width, ratio = result['rows'], int(RIVALS[model][1]), 12 if model == 'videomae' else 4
+    assert result['parameters'][title]['attentive probe'] == sum(
+        p.numel() for p in probe.AttentiveProbe(width, 2, ratio).parameters())
     tuned = [f'{name}, fine-tuned' for name in (title, 'random init')]
     for name in title, 'random init', *tuned, f'{title}, the paper':
         assert np.isfinite(rows[name]['attentive']['mean']) and f'\n{name} ' in table
+
+
+def test_defaults_preset_system_flags():
+    """Each goes before the one to its left; what nano sets for one system is not the paper's."""
+    settings = lambda simulated, **flags: (lambda c: (c.preset, c.cov_coeff, c.steps))(train.resolve(flags, simulated))
+    assert settings(None, data='shear_flow') == ('paper', 2.0, -1)
+    assert settings('nano', data='active_matter') == ('nano', 4.0, 1200)
+    assert settings('nano', data='shear_flow') == ('nano', 0.4, 700)
+    assert settings('nano', data='shear_flow', cov_coeff=3.0) == ('nano', 3.0, 700)
+    assert settings('nano', data='shear_flow', model='mpp') == ('nano', 2.0, 800)
 
 
 @pytest.mark.parametrize('model', ['jepa', *RIVALS])

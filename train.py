@@ -122,7 +122,7 @@ PRESETS = {
     'mpp': {                                                             # both standardise their inputs themselves
         'paper': dict(noise=0.0),
         'nano': dict(resolution=0, whole=True, noise=0.0, augment=True, width=48, depth=2, heads=3, layer_scale=0.1,
-                     batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)},
+                     batch=16, micro_batch=16, steps=800, lr=3e-3, warmup_epochs=0.5)},
     'disco': {
         'paper': dict(noise=0.0),
         'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, augment=True, width=32, depth=2, heads=2, patch=8,
