@@ -355,8 +355,8 @@ def main():
     parser.add_argument('--batch', type=int, default=16, help='windows embedded at once')
     parser.add_argument('--epochs', type=int, default=100, help='epochs of the attentive probe')
     parser.add_argument('--mlp-ratio', type=float, default=0.0,
-                        help="MLP ratio of the attentive probe (default: the paper's, 4 for MPP and DISCO, else 12 up to "
-                             'width 128 and 0.25 above)')
+                        help="MLP ratio of the attentive probe (default: the paper's, 4 for MPP and DISCO, else 12 "
+                             'up to width 128 and 0.25 above)')
     parser.add_argument('--finetune', type=int, nargs='?', const=5, default=0, metavar='EPOCHS',
                         help='also train encoder and attentive head end to end (5 epochs unless given)')
     parser.add_argument('--finetune-lr', type=float, default=1e-5, help='learning rate of the encoder in that')

@@ -248,8 +248,8 @@ def build_transformer(c, channels):
     if c.model == 'mpp':
         periodic = (False, False) if c.crop else SYSTEMS[c.data].part(c.whole)[1]
         return mpp.MPP(channels, periodic, (width, depth, heads), c.official_state_map, c.layer_scale)
-    return DISCO(c.data, channels, all_datasets=bool(c.init), dim=width, blocks=depth, heads=heads, patch=c.patch, hidden=c.generator_width,
-                 width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
+    return DISCO(c.data, channels, all_datasets=bool(c.init), dim=width, blocks=depth, heads=heads, patch=c.patch,
+                 hidden=c.generator_width, width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
 
 
 def save_checkpoint(path, **state):
