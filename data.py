@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import simulate
-from simulate import write_text
+from simulate import alone_in, write_text
 
 FRAMES = 16                 # of context, and as many of target
 WINDOW = 2 * FRAMES
@@ -143,7 +143,7 @@ def build_cache(files, crop, resolution, path, progress=True):
         raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
     meta = {'channels': list(channels), 'shape': None, 'runs': []}
     count, total, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
-    part = path.with_suffix(f'.{os.getpid()}.part')                      # two runs may start at once
+    part = path.with_suffix('.bin.part')
     with open(part, 'wb') as out:
         for file in tqdm(files, desc=f'caching {path.name}', unit='file', disable=not progress):
             f, file_channels, scalars, shape = read_file(file)
@@ -199,14 +199,15 @@ class Split:
             place = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:6]
             settings = f'{Path(root).name}-{place}-{settings}'
         path = cache_dir / f'{settings}-{content_key(files)}'
-        if not path.with_suffix('.json').exists():
-            try:
-                build_cache(files, crop, resolution, path, progress)
-            finally:                                                     # a failed build leaves nothing behind
-                path.with_suffix(f'.{os.getpid()}.part').unlink(missing_ok=True)
-            for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):       # same settings, older contents
-                if not old.name.startswith(path.name):
-                    old.unlink()
+        with alone_in(cache_dir):                                        # two runs may start at once
+            if not path.with_suffix('.json').exists():
+                try:
+                    build_cache(files, crop, resolution, path, progress)
+                finally:                                                 # a failed build leaves nothing behind
+                    path.with_suffix('.bin.part').unlink(missing_ok=True)
+                for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):   # same settings, older contents
+                    if old.stem != path.name:
+                        old.unlink()
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])

@@ -365,6 +365,8 @@ def main():
     args = parser.parse_args()
     try:
         check_device(args.device)
+        if args.finetune < 0:
+            raise ValueError(f'--finetune takes a number of epochs, not {args.finetune}')
         table_one(args) if args.all else evaluate(args)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -11,6 +11,7 @@ several initial conditions, of which none is in two splits; one file per pair an
 simulation leaves no half file, and goes on when it is started again.
 """
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -199,9 +200,24 @@ def write_well_file(path, name, pair, fields):
 
 def write_text(path, text):
     """A text file that is complete or not there at all."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    part = path.with_name(path.name + '.part')
     part.write_text(text)
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Other processes that want the same folder wait for this one; where folders cannot be locked, nobody does."""
+    lock = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def write_stats(train_dir, path):
@@ -244,7 +260,7 @@ def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
     together never change, so the same seed gives the same bytes however often it is cut. Says how many runs
     are not resolved. Raises ValueError if the folder holds data that this call did not make.
     """
-    system, p = SYSTEMS[name], SYSTEMS[name].presets[preset]
+    p = SYSTEMS[name].presets[preset]
     root = Path(data_dir) / name
     recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}
     recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
@@ -256,9 +272,16 @@ def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
         raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '
                          f'choose another --data-dir')
     root.mkdir(parents=True, exist_ok=True)
-    if not note.exists():
-        write_text(note, json.dumps(recipe))
+    with alone_in(root):
+        if not note.exists():
+            write_text(note, json.dumps(recipe))
+        simulate_missing(name, p, root, seed, device)
+    return root
 
+
+def simulate_missing(name, p, root, seed, device):
+    """What `make_dataset` does, once it is clear that it may."""
+    system = SYSTEMS[name]
     batches = [(split, p.pairs[i:i + p.files_at_once]) for split in SPLITS
                for i in range(0, len(p.pairs), p.files_at_once)]
     path = lambda split, pair: root / 'data' / split / system.file.format(*pair)
@@ -290,7 +313,6 @@ def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
               flush=True)
     if not (root / 'stats.yaml').exists():
         write_stats(root / 'data' / 'train', root / 'stats.yaml')
-    return root
 
 
 def main():

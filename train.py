@@ -196,6 +196,10 @@ def resolve(flags, simulated_preset):
             raise ValueError(f'{name} must be at least 1, not {getattr(c, name)}')
     if c.widths[-1] % 8:
         raise ValueError(f'the probes need a last width divisible by their 8 heads, not {c.widths[-1]}')
+    if c.steps < -1:
+        raise ValueError(f'steps must be -1, 0 or more, not {c.steps}')
+    if c.init and not Path(c.init).is_file():                            # before anything is simulated or cached
+        raise ValueError(f'no file {c.init} to start from')
     if c.resolution:
         check_size(c, (c.resolution, c.resolution))
     return c
@@ -413,7 +417,7 @@ def train(flags):
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
         own = dataclasses.asdict(c)
-        differs = [k for k in own if own[k] != state['config'].get(k)
+        differs = [k for k in own if own[k] != state['config'].get(k, getattr(Config, k))
                    and k not in ('data_dir', 'cache_dir', 'out', 'device')]
         if differs:
             raise ValueError(f'{checkpoint} is a run with other settings ('
@@ -443,7 +447,8 @@ def train(flags):
 
     forward = model
     if world > 1:
-        forward = DistributedDataParallel(model, device_ids=[device.index] if device.index is not None else None)
+        forward = DistributedDataParallel(model, device_ids=[device.index] if device.index is not None else None,
+                                          find_unused_parameters=bool(c.init))   # they may serve other systems too
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     real = torch.float64 if c.dtype == 'float64' else torch.float32
     mean, std = (torch.as_tensor(v, dtype=real, device=device).view(-1, 1, 1, 1) for v in (mean, std))
