@@ -28,6 +28,8 @@ from torch.testing import assert_close
 
 import simulate
 import solvers
+from baselines.disco import DISCO, WELL
+from baselines.mpp import MPP
 from data import FRAMES, SYSTEMS, WINDOW, Split
 from jepa import JEPA, ChannelNorm, DepthwiseConv3d
 from probe import AttentiveProbe
@@ -259,6 +261,38 @@ def attentive_probe(device):
         row(f'attentive probe, 64 windows of {N} x {D} ({name})', plain_s * 1e3, ours_s * 1e3, 'ms')
 
 
+def physics_models(device):
+    """Fine-tuning MPP-Ti and embedding with DISCO, 16 frames of 128 x 128 (CPU: 64 x 64): one by one, and a batch."""
+    torch.manual_seed(0)
+    batch, side = (16, 128) if device == 'cuda' else (2, 64)
+    names = WELL['active_matter'][2].split()
+    model, head, disco = (m.to(device) for m in (MPP(names), AttentiveProbe(192, 2, 4.0), DISCO('active_matter')))
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-5)
+    x = torch.randn(batch, len(names), FRAMES, side, side, device=device)
+
+    def tune(size):
+        for part in x.split(size):
+            optimizer.zero_grad(set_to_none=True)
+            head(model.features(part)).square().mean().backward()
+            optimizer.step()
+
+    def embed(size):
+        return torch.cat([disco.embed(part) for part in x.split(size)])
+
+    assert_close(embed(1), embed(batch), rtol=1e-3, atol=1e-3)
+    for name, f in ('MPP-Ti, fine-tuning', tune), ('DISCO, embedding', embed):
+        plain_s, ours_s = seconds([lambda: f(1), lambda: f(batch)], device, repeats=3)
+        row(f'{name}, {side} x {side}: one by one, {batch} at once', batch / plain_s, batch / ours_s, 'windows/s',
+            less_is_better=False)
+        if device == 'cuda':
+            memory = []
+            for size in 1, batch:
+                torch.cuda.reset_peak_memory_stats()
+                f(size)
+                memory.append(peak_memory())
+            row('  peak memory', *memory, 'GB')
+
+
 def read_hdf5(f, trajectory, t, resolution, place):
     """One window (C, 32, H, W) straight from The Well's file: the preprocessing of data.py, no cache.
 
@@ -355,8 +389,8 @@ def main():
         machine = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
         machine += f', {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}'
         print(f'{machine}\n\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
-        for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, simulation,
-                     reference_runs):
+        for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, physics_models,
+                     simulation, reference_runs):
             part(args.device)
         reading(256, resolution=224)
         reading(64)
