@@ -33,7 +33,8 @@ from baselines.mpp import MPP
 from data import FRAMES, SYSTEMS, WINDOW, Split
 from jepa import JEPA, ChannelNorm, DepthwiseConv3d
 from probe import AttentiveProbe
-from train import check_device, keep_freed_memory, peak_memory
+from simulate import check_device
+from train import keep_freed_memory, peak_memory
 from videomae import SIZES, VideoMAE, positions, tube_masks
 
 ROWS = []

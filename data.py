@@ -174,6 +174,23 @@ def build_cache(files, crop, resolution, path, progress=True):
     write_text(path.with_suffix('.json'), json.dumps(meta))
 
 
+def find_cache(files, crop, resolution, cache_dir, settings, progress=True):
+    """<cache_dir>/<settings>-<content key>, without its suffixes; built if missing, and older contents removed."""
+    path = cache_dir / f'{settings}-{content_key(files)}'
+    if path.with_suffix('.json').exists():
+        return path
+    with alone_in(cache_dir):                                            # two runs may start at once
+        if not path.with_suffix('.json').exists():                       # nor was it built while this one waited
+            try:
+                build_cache(files, crop, resolution, path, progress)
+            finally:                                                     # a failed build leaves nothing behind
+                path.with_suffix('.bin.part').unlink(missing_ok=True)
+            for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):       # same settings
+                if old.stem != path.name:
+                    old.unlink()
+    return path
+
+
 # ---------------------------------------------------------------------------------------------
 # a split
 
@@ -198,16 +215,7 @@ class Split:
         if cache_dir != Path(root) / 'cache':                            # a folder that several datasets may share
             place = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:6]
             settings = f'{Path(root).name}-{place}-{settings}'
-        path = cache_dir / f'{settings}-{content_key(files)}'
-        with alone_in(cache_dir):                                        # two runs may start at once
-            if not path.with_suffix('.json').exists():
-                try:
-                    build_cache(files, crop, resolution, path, progress)
-                finally:                                                 # a failed build leaves nothing behind
-                    path.with_suffix('.bin.part').unlink(missing_ok=True)
-                for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):   # same settings, older contents
-                    if old.stem != path.name:
-                        old.unlink()
+        path = find_cache(files, crop, resolution, cache_dir, settings, progress)
         meta = json.loads(path.with_suffix('.json').read_text())
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])

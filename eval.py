@@ -29,8 +29,9 @@ import torch
 from tqdm import tqdm
 
 import probe
-from data import FRAMES, SYSTEMS, Split, find_dataset, write_text
-from train import Config, build_model, check_device, keep_freed_memory, load_checkpoint, peak_memory, restore
+from data import FRAMES, SYSTEMS, Split, find_dataset
+from simulate import check_device, write_text
+from train import Config, build_model, keep_freed_memory, load_checkpoint, peak_memory, restore
 
 TITLES = {'jepa': 'JEPA', 'videomae': 'VideoMAE', 'disco': 'DISCO', 'mpp': 'MPP'}
 MLP_RATIO = {'mpp': 4.0, 'disco': 4.0}                                   # of the paper's probes; the others' by width

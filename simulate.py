@@ -205,6 +205,12 @@ def write_text(path, text):
     os.replace(part, path)
 
 
+def check_device(device):
+    """Raise ValueError unless `device` is cpu, or cuda where there is one."""
+    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device {device!r} is not to be had here: --device cpu always is')
+
+
 @contextlib.contextmanager
 def alone_in(folder):
     """Other processes that want the same folder wait for this one; where folders cannot be locked, nobody does."""
@@ -328,8 +334,7 @@ def main():
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     try:
-        if args.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('PyTorch sees no CUDA device: use --device cpu')
+        check_device(args.device)
         root = make_dataset(args.system, args.data_dir, args.preset, args.seed, args.device)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -37,10 +37,8 @@ from tqdm import tqdm
 import jepa
 import videomae
 from baselines import disco, mpp
-from baselines.disco import DISCO
-from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset, write_text
-from jepa import JEPA
-from videomae import VideoMAE
+from data import FRAMES, SYSTEMS, WINDOW, Split, find_dataset
+from simulate import check_device, write_text
 
 
 def option(default, help):
@@ -129,8 +127,9 @@ PRESETS = {
                      operator_width=4, generator_width=16, max_steps=2, layer_scale=0.1,
                      batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)},
 }
-NANO = {('jepa', 'shear_flow'): dict(cov_coeff=0.4, steps=700),          # what nano sets differently for one system
-        ('jepa', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
+FOR_SYSTEM = {                                                           # what a preset sets differently for one system
+    ('jepa', 'nano', 'shear_flow'): dict(cov_coeff=0.4, steps=700),
+    ('jepa', 'nano', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
 SIZES = {'videomae': {name: (s['width'], 12, s['heads']) for name, s in videomae.SIZES.items()},
          'mpp': mpp.SIZES, 'disco': {'': (384, 12, 6)}}                  # width, depth, heads
 PUBLISHED = {'jepa': jepa.load_official, 'videomae': videomae.load_official, 'mpp': mpp.load_published,
@@ -168,7 +167,7 @@ def resolve(flags, simulated_preset):
         raise ValueError(f'unknown model {c.model!r}: choose from {", ".join(PRESETS)}')
     if c.preset not in PRESETS[c.model]:
         raise ValueError(f'unknown preset {c.preset!r}: choose from auto, {", ".join(PRESETS[c.model])}')
-    preset = {**PRESETS[c.model][c.preset], **(NANO.get((c.model, c.data), {}) if c.preset == 'nano' else {})}
+    preset = PRESETS[c.model][c.preset] | FOR_SYSTEM.get((c.model, c.preset, c.data), {})
     if 'size' in flags:                                                  # a named size goes before the preset's own
         preset |= dict(width=0, depth=0, heads=0)
     c = Config(**{**preset, **flags, 'preset': c.preset})
@@ -205,12 +204,6 @@ def resolve(flags, simulated_preset):
     return c
 
 
-def check_device(device):
-    """Raise ValueError unless `device` is cpu, or cuda where there is one."""
-    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {device!r} is not to be had here: --device cpu always is')
-
-
 def check_size(c, shape):
     """Raise ValueError if the model cannot take training windows cut from fields of `shape`."""
     unit = c.patch if c.model == 'videomae' else 16
@@ -234,8 +227,8 @@ def build_model(c, channels):
     """
     torch.manual_seed(c.seed)
     if c.model == 'jepa':
-        model = JEPA(len(channels), c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff, c.chunks,
-                     c.standardize, c.residual, c.paired)
+        model = jepa.JEPA(len(channels), c.widths, c.blocks, c.layer_scale, c.sim_coeff, c.std_coeff, c.cov_coeff,
+                          c.chunks, c.standardize, c.residual, c.paired)
     else:
         model = build_transformer(c, channels)
     return model.double() if c.dtype == 'float64' else model
@@ -246,14 +239,15 @@ def build_transformer(c, channels):
     own = SIZES[c.model][c.size or {'videomae': 'small', 'mpp': 'Ti', 'disco': ''}[c.model]]
     width, depth, heads = (asked or default for asked, default in zip((c.width, c.depth, c.heads), own))
     if c.model == 'videomae':
-        return VideoMAE(len(channels), width, depth, heads, c.patch, mask_ratio=c.mask_ratio,
-                        decoder_width=c.decoder_width, decoder_depth=c.decoder_depth,
-                        decoder_heads=max(1, c.decoder_width // 64))
+        return videomae.VideoMAE(len(channels), width, depth, heads, c.patch, mask_ratio=c.mask_ratio,
+                                 decoder_width=c.decoder_width, decoder_depth=c.decoder_depth,
+                                 decoder_heads=max(1, c.decoder_width // 64))
     if c.model == 'mpp':
         periodic = (False, False) if c.crop else SYSTEMS[c.data].part(c.whole)[1]
         return mpp.MPP(channels, periodic, (width, depth, heads), c.official_state_map, c.layer_scale)
-    return DISCO(c.data, channels, all_datasets=bool(c.init), dim=width, blocks=depth, heads=heads, patch=c.patch,
-                 hidden=c.generator_width, width=c.operator_width, layer_scale=c.layer_scale, max_steps=c.max_steps)
+    return disco.DISCO(c.data, channels, all_datasets=bool(c.init), dim=width, blocks=depth, heads=heads, patch=c.patch,
+                       hidden=c.generator_width, width=c.operator_width, layer_scale=c.layer_scale,
+                       max_steps=c.max_steps)
 
 
 def save_checkpoint(path, **state):
@@ -486,12 +480,11 @@ def train(flags):
             sums = {}
             for micro in range(accumulate):
                 x = (next(batches).to(device, real, non_blocking=True) - mean) / std          # (local, C, 32, H, W)
-                if c.noise > 0:
-                    own = ((c.seed * 2**20 + step) * 1024 + micro) * 1024 + rank
-                    g = torch.Generator(device).manual_seed(own % 2**63)
-                    x = x + c.noise * torch.randn(x.shape, generator=g, device=device, dtype=real)
                 common = (c.seed * 2**20 + step) * 1024 + micro
                 generator = torch.Generator().manual_seed(common % 2**63)                     # same on all ranks
+                if c.noise > 0:
+                    own = torch.Generator(device).manual_seed((common * 1024 + rank) % 2**63)
+                    x = x + c.noise * torch.randn(x.shape, generator=own, device=device, dtype=real)
                 last = micro == accumulate - 1
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     with autocast():
