@@ -7,17 +7,15 @@ Speed and memory of each part against its plain version, measured side by side i
 Prints one table: what, plain, ours, ratio (above 1: ours is better). Where both compute the same thing, that
 is checked first. Times are medians; the two sides take turns, so that a busy machine slows both alike.
 """
-import os
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors, as in train.py
-
-import argparse
 import copy
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from common import FRAMES, Parser, option, peak_memory, pick_device, script, write_text
 
 import h5py
 import numpy as np
@@ -27,14 +25,15 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import simulate
-import solvers
 from baselines.disco import DISCO, WELL
 from baselines.mpp import MPP
-from data import FRAMES, SYSTEMS, WINDOW, Split
+from data import WINDOW, Split
 from jepa import JEPA, ChannelNorm, DepthwiseConv3d
 from probe import AttentiveProbe
-from simulate import check_device
-from train import keep_freed_memory, peak_memory
+from systems import find_system
+from systems.active_matter import ActiveMatter, active_matter_start
+from systems.rayleigh_benard import RayleighBenard, chebyshev_nodes, rayleigh_benard_start
+from systems.shear_flow import ShearFlow, shear_flow_start
 from videomae import SIZES, VideoMAE, positions, tube_masks
 
 ROWS = []
@@ -213,7 +212,7 @@ def masked_autoencoder(device):
     cases = [('small', 8, 224, 16)] if device == 'cuda' else [('tiny', 8, 32, 8), ('tiny', 2, 64, 8)]
     for size, batch, side, patch in cases:
         torch.manual_seed(0)
-        model = VideoMAE(11, patch=patch, **SIZES[size]).to(device)
+        model = VideoMAE(11, *SIZES[size], patch=patch).to(device)
         context, target = torch.randn(2, batch, 11, FRAMES, side, side, device=device)
         masks = lambda: torch.Generator().manual_seed(0)
         masked = tube_masks(batch, (side // patch)**2, model.mask_ratio, masks())
@@ -277,8 +276,9 @@ def physics_models(device):
             head(model.features(part)).square().mean().backward()
             optimizer.step()
 
+    @torch.no_grad()
     def embed(size):
-        return torch.cat([disco.embed(part) for part in x.split(size)])
+        return torch.cat([disco.features(part) for part in x.split(size)])
 
     assert_close(embed(1), embed(batch), rtol=1e-3, atol=1e-3)
     for name, f in ('MPP-Ti, fine-tuning', tune), ('DISCO, embedding', embed):
@@ -315,7 +315,7 @@ def reading(grid, resolution=0, crop=0, reads=30):
         path = Path(folder) / 'data' / 'train' / 'random.hdf5'
         path.parent.mkdir(parents=True)
         simulate.write_well_file(path, 'active_matter', (-1.0, 1.0), fields)
-        split = Split(folder, SYSTEMS['active_matter'], 'train', resolution, progress=False)
+        split = Split(folder, find_system('active_matter'), 'train', resolution, progress=False)
 
         def place(seed):                                                 # where Split.load cuts with this seed
             corner = np.random.default_rng(seed).integers(grid - crop + 1, size=2) if crop else (0, 0)
@@ -336,16 +336,16 @@ def reading(grid, resolution=0, crop=0, reads=30):
 def simulation(device, runs=15):
     """Each system one run at a time, or 15 in one batch; counted in time units of all runs together."""
     def active_matter(b, grid=64):
-        c, m = map(torch.stack, zip(*[solvers.active_matter_start(grid, seed, device=device) for seed in range(b)]))
-        return solvers.ActiveMatter([-3.0] * b, [9.0] * b, c, m, dt=0.02)
+        c, m = map(torch.stack, zip(*[active_matter_start(grid, seed, device=device) for seed in range(b)]))
+        return ActiveMatter([-3.0] * b, [9.0] * b, c, m, dt=0.02)
 
     def shear_flow(b, grid=64):
-        start = solvers.shear_flow_start(grid, 2 * grid, 2, 2, 1.0, device=device)
-        return solvers.ShearFlow([1000.0] * b, [1.0] * b, *(torch.stack([f] * b) for f in start))
+        start = shear_flow_start(grid, 2 * grid, 2, 2, 1.0, device=device)
+        return ShearFlow([1000.0] * b, [1.0] * b, *(torch.stack([f] * b) for f in start))
 
     def rayleigh_benard(b, grid=32):
-        return solvers.RayleighBenard([1e6] * b, [1.0] * b, torch.stack(
-            [solvers.rayleigh_benard_start(4 * grid, grid, 1.0, seed, 0.1, device=device) for seed in range(b)]))
+        return RayleighBenard([1e6] * b, [1.0] * b, torch.stack(
+            [rayleigh_benard_start(4 * grid, grid, 1.0, seed, 0.1, device=device) for seed in range(b)]))
 
     for make, name, duration in ((active_matter, 'active matter, 64 x 64', 0.2),
                                  (shear_flow, 'shear flow, 64 x 128', 0.2),
@@ -363,10 +363,10 @@ def reference_runs(device):
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    u, s = solvers.shear_flow_start(64, 128, 2, 2, 1.0)
-    x, y = np.arange(128)[:, None] / 32, solvers.chebyshev_nodes(32)
+    u, s = shear_flow_start(64, 128, 2, 2, 1.0)
+    x, y = np.arange(128)[:, None] / 32, chebyshev_nodes(32)
     b = torch.tensor((1 - y) + 0.01 * y * (1 - y) * (np.sin(np.pi * x) + 0.5 * np.cos(1.5 * np.pi * x))).float()
-    shear, heat = solvers.ShearFlow([1000.0], [1.0], u[None], s[None]), solvers.RayleighBenard([1e6], [1.0], b[None])
+    shear, heat = ShearFlow([1000.0], [1.0], u[None], s[None]), RayleighBenard([1e6], [1.0], b[None])
     for name, solver, save, end, other in (('shear flow, Re 1000, 64 x 128, to t = 4', shear, 0.1, 4, 31),
                                            ('convection, Ra 1e6, 128 x 32, to t = 8', heat, 0.25, 8, 500)):
         start = time.perf_counter()
@@ -376,31 +376,31 @@ def reference_runs(device):
     torch.set_num_threads(threads)
 
 
-def main():
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--json', type=Path, help='also write the numbers to this file')
-    args = parser.parse_args()
-    try:
-        check_device(args.device)
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f'{args.json.parent} is no folder to write {args.json.name} to')
-        machine = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
-        machine += f', {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}'
-        print(f'{machine}\n\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
-        for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, physics_models,
-                     simulation, reference_runs):
-            part(args.device)
-        reading(256, resolution=224)
-        reading(64)
-        reading(64, crop=32)
-        if args.json:
-            args.json.write_text(json.dumps({'machine': machine, 'rows': ROWS}, indent=1))
-    except (ValueError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class Settings:
+    device: str = option('auto', 'cuda, cpu, or auto', 'machine')
+    json: str = option('', 'also write the numbers to this file', 'machine')
+
+
+@script
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_dataclass(Settings)
+    args = Settings(**vars(parser.parse_args(argv)))
+    device, path = pick_device(args.device), Path(args.json)
+    if args.json and not path.absolute().parent.is_dir():
+        raise ValueError(f'{path.parent} is no folder to write {path.name} to')
+    machine = torch.cuda.get_device_name() if device == 'cuda' else 'CPU'
+    machine += f', {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}'
+    print(f'{machine}\n\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
+    for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, physics_models,
+                 simulation, reference_runs):
+        part(device)
+    reading(256, resolution=224)
+    reading(64)
+    reading(64, crop=32)
+    if args.json:
+        write_text(path, json.dumps({'machine': machine, 'rows': ROWS}, indent=1))
 
 
 if __name__ == '__main__':

@@ -12,86 +12,57 @@ import hashlib
 import json
 import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from common import FRAMES, RANK, Progress, alone_in, write_text
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import simulate
-from simulate import alone_in, write_text
+from systems import find_system, system_names
 
-FRAMES = 16                 # of context, and as many of target
 WINDOW = 2 * FRAMES
-
-
-@dataclass
-class System:
-    """What the paper does with one of The Well's systems before the encoder sees it."""
-    crop: tuple             # (from, to) of x and of y that is kept, as fractions of the file's grid
-    stride: int             # frames between window starts
-    noise: float            # std of the Gaussian noise on the input fields
-    periodic: tuple         # is (x, y) periodic, and so shift invariant?
-    symmetries: tuple       # of the eight of the square (see `transform`), those of the equations
-    lr: float
-    epochs: float
-    warmup_epochs: float
-    log_labels: tuple = ()  # labels taken in log10
-    shown: tuple = ()       # (name in the files, name for people)
-
-    def part(self, whole):
-        """(crop, periodic) of the whole domain, or of the paper's part of it: a cut axis is not periodic."""
-        crop = ((0, 1), (0, 1)) if whole else self.crop
-        return crop, [p and kept == (0, 1) for p, kept in zip(self.periodic, crop)]
-
-
-SYSTEMS = {
-    'active_matter': System(crop=((0, 1), (0, 1)), stride=1, noise=1.0, periodic=(True, True),
-                            symmetries=tuple(range(8)), lr=1e-3, epochs=30, warmup_epochs=2),
-    # the files call the Reynolds number Rayleigh
-    'shear_flow': System(crop=((0, 1), (0, 0.5)), stride=4, noise=1.0, periodic=(True, True),
-                         symmetries=tuple(range(8)), lr=1e-4, epochs=6, warmup_epochs=6,
-                         log_labels=('Rayleigh',), shown=(('Rayleigh', 'Reynolds'),)),
-    # gravity leaves only x -> -x
-    'rayleigh_benard': System(crop=((0.375, 0.625), (0, 1)), stride=4, noise=0.0, periodic=(True, False),
-                              symmetries=(0, 1), lr=1e-4, epochs=30, warmup_epochs=6, log_labels=('Rayleigh',)),
-}
 
 
 def find_dataset(name, data_dir, build=False):
     """(folder, System, preset it was simulated with or None) of a system's dataset.
 
-    With `build`, a dataset that is missing is simulated (the nano preset), and a half-simulated one finished.
-    Raises ValueError for an unknown system or a folder without data.
+    `data_dir`/`name`, or where the-well-download puts it, `data_dir`/datasets/`name`. With `build`, a dataset that is
+    missing is simulated (the nano preset), and a half-simulated one finished. Raises ValueError for an unknown system.
     """
-    if name not in SYSTEMS:
-        raise ValueError(f'unknown system {name!r}: choose from {", ".join(SYSTEMS)}')
     root = Path(data_dir) / name
+    if not root.exists() and (Path(data_dir) / 'datasets' / name).exists():
+        root = Path(data_dir) / 'datasets' / name
     note = root / 'simulated.json'
-    if build and not any(root.glob('data/*/*.h*5')):
-        print(f'No {name} dataset in {data_dir}: simulating a small one (python simulate.py --help).', flush=True)
-        simulate.make_dataset(name, data_dir)
-    elif build and note.exists():
-        simulate.make_dataset(name, data_dir, **{k: json.loads(note.read_text())[k] for k in ('preset', 'seed')})
-    return root, SYSTEMS[name], json.loads(note.read_text())['preset'] if note.exists() else None
+    if build and name in system_names():
+        if note.exists():
+            simulate.make_dataset(name, data_dir, **{k: json.loads(note.read_text())[k] for k in ('preset', 'seed')})
+        elif not any(root.glob('data/*/*.h*5')):
+            print(f'No {name} dataset in {data_dir}: simulating a small one (python simulate.py --help).', flush=True)
+            simulate.make_dataset(name, data_dir)
+    return root, find_system(name, root), json.loads(note.read_text())['preset'] if note.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------
 # one HDF5 file
 
 def read_file(path):
-    """(h5py.File, {channel name: (dataset, component index)}, {scalar: value}, (trajectories, frames, nx, ny)).
+    """(h5py.File, {channel name: (dataset, component index)}, {scalar: values}, (trajectories, frames, nx, ny)).
 
-    Channels in the file's order: t0, t1, t2 fields, alphabetical inside a group, components last index
-    fastest, named like The Well's metadata (velocity_x, D_xy). Raises ValueError naming the file.
+    A scalar has one value for each trajectory. Channels in the file's order: t0, t1, t2 fields, alphabetical inside
+    a group, components last index fastest, named like The Well's metadata (velocity_x, D_xy). Raises ValueError
+    naming the file.
     """
     try:
         f = h5py.File(path, 'r')
     except OSError as e:
-        raise ValueError(f'{path} is not a readable HDF5 file ({e}): download or simulate it again') from None
+        with open(path, 'rb') as raw:
+            page = raw.read(512).lstrip()[:1] == b'<'
+        raise ValueError(f'{path} is not a readable HDF5 file (' + ('but a web page: the download failed' if page else
+                         str(e)) + '): download or simulate it again') from None
     for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
         if group not in f:
             raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
@@ -110,8 +81,19 @@ def read_file(path):
     for name, (d, _) in channels.items():
         if d.shape[:4] != shape or len(shape) != 4:
             raise ValueError(f'{path}: field {name} has shape {d.shape}, expected {shape} (trajectories, frames, x, y)')
-    scalars = {name: float(np.asarray(d).ravel()[0]) for name, d in f['scalars'].items()}
+    scalars = {}
+    for name, d in f['scalars'].items():
+        values = np.asarray(d, float)
+        own = values.ndim and len(values) == shape[0] and d.attrs.get('sample_varying', False)
+        scalars[name] = [float(v.ravel()[0]) for v in (values if own else [values] * shape[0])]
     return f, channels, scalars, shape
+
+
+def grid_of(path):
+    """(nx, ny) of a file."""
+    f, _, _, shape = read_file(path)
+    f.close()
+    return shape[2:]
 
 
 def content_key(files):
@@ -145,7 +127,7 @@ def build_cache(files, crop, resolution, path, progress=True):
     count, total, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
     part = path.with_suffix('.bin.part')
     with open(part, 'wb') as out:
-        for file in tqdm(files, desc=f'caching {path.name}', unit='file', disable=not progress):
+        for file in Progress(files, f'caching {path.name}', 'file', disable=not progress):
             f, file_channels, scalars, shape = read_file(file)
             if list(file_channels) != list(channels) or shape[1:] != (T, nx, ny):
                 raise ValueError(f'{file} has other channels or another shape than {files[0]}')
@@ -164,7 +146,8 @@ def build_cache(files, crop, resolution, path, progress=True):
                     total[c] += x.sum(dtype=np.float64)
                     squares[c] += np.square(x, dtype=np.float64).sum()
                     out.write(x.tobytes())
-                meta['runs'].append({'file': file.name, 'trajectory': trajectory, 'scalars': scalars})
+                meta['runs'].append({'file': file.name, 'trajectory': trajectory,
+                                     'scalars': {name: values[trajectory] for name, values in scalars.items()}})
                 count += T * H * W
             f.close()
     meta['shape'] = [len(meta['runs']), len(channels), T, H, W]
@@ -203,7 +186,7 @@ class Split:
     whole: keep the whole domain, not the system's part of it.
     """
 
-    def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=True, whole=False):
+    def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=RANK == 0, whole=False):
         folder = Path(root) / 'data' / split
         files = sorted(folder.glob('*.h*5'))
         if not files:

@@ -10,11 +10,58 @@ predictor, trained together (arXiv 2603.13227). Nothing is reconstructed: what t
 fields is what helps to say where the embedding goes next. Module names are the official code's, so
 its checkpoints load as they are.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import check_state, option, published_state
 from vicreg import gather, standardize, vicreg_loss_maps
+
+TITLE = 'JEPA'
+PAPER = {'active_matter': 0.079, 'shear_flow': 0.38, 'rayleigh_benard': 0.13}          # table 1, attentive probe
+ANY_SIZE = True                                                          # a convolution takes whole fields
+TERMS = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance'}    # what the log's terms are in pictures
+
+
+@dataclass
+class Options:
+    """The defaults are the paper's."""
+    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
+    blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
+    layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
+    residual: bool = option(False, 'predict the change of the embedding, not all of it')
+    sim_coeff: float = option(2.0, 'weight of the invariance term')
+    std_coeff: float = option(40.0, 'weight of the variance term')
+    cov_coeff: float = option(2.0, 'weight of the covariance term')
+    chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
+    standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
+
+
+NANO = dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
+            widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True, sim_coeff=10.0,
+            cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5)
+PRESETS = {'paper': {}, 'nano': NANO,
+           ('nano', 'shear_flow'): dict(cov_coeff=0.4, steps=700),
+           ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
+
+
+def check(options, height, width):
+    """Raise ValueError if the options, or fields of this size, will not do."""
+    if len(options.widths) != 5 or len(options.blocks) != 5:
+        raise ValueError('the encoder has five stages: give five --widths and five --blocks')
+    if min(options.widths) < 1 or min(options.blocks) < 0 or options.chunks < 1:
+        raise ValueError('--widths and --chunks must be at least 1, --blocks at least 0')
+    if options.widths[-1] % 8:
+        raise ValueError(f'the probes need a last width divisible by their 8 heads, not {options.widths[-1]}')
+    if height % 16 or width % 16:
+        raise ValueError(f'the encoder needs sides divisible by 16, not {height} x {width}: choose another '
+                         f'--resolution or --crop')
+
+
+def build(options, inputs):
+    return JEPA(len(inputs.channels), paired=inputs.paired, **vars(options))
 
 
 class DepthwiseConv3d(nn.Conv3d):
@@ -91,8 +138,6 @@ class Encoder(nn.Module):
 
     def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
         super().__init__()
-        if len(widths) != 5 or len(blocks) != 5:
-            raise ValueError('the encoder has five stages: give five widths and five block counts')
         self.dim = widths[-1]
         stem = nn.Sequential(Stem(channels, widths[0]), ChannelNorm(widths[0]))
         self.downsample_layers = nn.ModuleList([stem] + [
@@ -168,35 +213,16 @@ class JEPA(nn.Module):
             return vicreg_loss_maps(p, z_next, generator=generator, **self.loss_settings)
 
     def features(self, x):
-        """Tokens, to fine-tune: (B, channels, 16, H, W) -> (B, N = H/16 * W/16, D)."""
+        """Tokens: (B, channels, 16, H, W) -> (B, N = H/16 * W/16, D)."""
         return self.encoder(x).flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
-    def embed(self, x):
-        """The same tokens, frozen, for the probes."""
-        return self.features(x)
 
-
-def load_official(model, path):
-    """Load an official ConvEncoder_*.pth (a bare state dict, with or without 'module.') into model.encoder.
+def load_published(model, path):
+    """Load an official ConvEncoder_*.pth (a bare state dict) into model.encoder.
 
     Raises ValueError for a file that is cut short, would run code or holds no state dict, and, naming the key,
     if anything is missing, unknown or of another shape.
     """
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as e:                                               # pickle, zip and io errors of many kinds
-        raise ValueError(f'{path} cannot be read ({type(e).__name__}): it is cut short, or no file of plain tensors') \
-            from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError(f'{path} holds no state dict')
-    state = {k.removeprefix('module.'): v for k, v in state.items()}
-    own = model.encoder.state_dict()
-    for k in sorted(own.keys() | state.keys()):
-        if k not in state or k not in own or own[k].shape != state[k].shape:
-            raise ValueError(f'{path} is not this encoder: {k} is '
-                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
-                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+    state = published_state(path)
+    check_state(model.encoder.state_dict(), state, path)
     model.encoder.load_state_dict(state)

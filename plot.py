@@ -2,17 +2,20 @@
 Pictures of the data, a training run and its error table.
 
     python plot.py                                        # the newest run under out/ -> figures/
-    python plot.py out/... --data-dir data --out figures
+    python plot.py out/... out/...                        # of the first, but errors of all in one picture
     python plot.py out/... --banner figures/banner.png    # only the README's: examples and table in one
+    python plot.py --embeddings FILE                      # what eval.py --save-embeddings FILE kept
 
 Writes examples.png (the flow, for a few parameters of the test split), training.png (from log.jsonl) and
-errors.png (from eval.json; left out until python eval.py has made one).
+errors.png (from eval.json; left out until python eval.py has made one), or embeddings.png (mean tokens in their
+first two principal components, coloured by each parameter).
 """
-import argparse
+import itertools
 import json
-import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from common import Parser, data_folder, option, script
 
 import matplotlib
 matplotlib.use('Agg')                                                    # no window
@@ -21,42 +24,58 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 from PIL import Image                                                    # comes with matplotlib
 
+import model as models
+import systems
 from data import find_dataset, read_file
-from eval import checkpoints
+from eval import checkpoints, merge_rows
 
-SHOWN = {                                        # the two parameters, and what the examples show of the flow
-    'active_matter': ('alpha', 'zeta', 'speed'),
-    'shear_flow': ('Rayleigh', 'Schmidt', 'tracer'),                     # sic: the files' name for Reynolds
-    'rayleigh_benard': ('Rayleigh', 'Prandtl', 'buoyancy')}
-NAMES = {'alpha': 'α', 'zeta': 'ζ', 'Reynolds': 'Re', 'Schmidt': 'Sc', 'Prandtl': 'Pr', 'Rayleigh': 'Ra'}
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,
          'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#e6e6e6', 'axes.axisbelow': True,
          'legend.frameon': False}
+BOOKKEEPING = {'step', 'loss', 'embedding_std', 'embedding_rank', 'lr', 'samples_per_s', 'seconds', 'memory_gb'}
 
 
-def examples(figure, root, system, frames):
+@dataclass
+class Settings:
+    data_dir: str = option('', 'default: $THE_WELL_DATA_DIR, else data', 'what')
+    out: str = option('figures', 'folder for the pictures', 'what')
+    banner: str = option('', 'write only this picture, examples and error table', 'what')
+    embeddings: str = option('', 'npz file of eval.py --save-embeddings: draw only that', 'what')
+
+
+def read_example(path, picture):
+    """(fields shown (T, nx, ny), their name, time, x, y) of a file's first run. picture: channels, or ()."""
+    f, channels, _, shape = read_file(path)
+    with f:
+        names = [name for name in picture if name in channels] or list(channels)[:1]
+        read = lambda name: channels[name][0][(0, slice(None), slice(None), slice(None), *channels[name][1])]
+        shown = read(names[0]) if len(names) == 1 else np.sqrt(sum(np.square(read(name)) for name in names))
+        axes = [a if isinstance(a, str) else a.decode() for a in f['dimensions'].attrs['spatial_dims']][:2]
+        at = [f['dimensions'][k][:] if k in f['dimensions'] else np.arange(n)
+              for k, n in zip(('time', *axes), shape[1:])]
+    name = names[0] if len(names) == 1 else f'|{names[0].rpartition("_")[0]}|'
+    return shown, name.replace('_', ' '), *at
+
+
+def examples(figure, root, system, labels, frames):
     """A row of frames for each pair of smallest and largest parameters of the test split, each on its own scale."""
-    first, second, what = SHOWN[root.name]
-    found = {}
+    labels, found = list(labels)[:2], {}
     for path in sorted((root / 'data' / 'test').glob('*.h*5')):
-        f, channels, scalars, _ = read_file(path)
-        with f:
-            found[scalars[first], scalars[second]] = path
+        f, _, scalars, _ = read_file(path)
+        f.close()
+        found[tuple(scalars[name][0] for name in labels)] = path
     if not found:
         raise ValueError(f'{root} has no files in its test split')
-    ends = [sorted({pair[i] for pair in found}) for i in (0, 1)]
-    rows = [pair for pair in dict.fromkeys((a, b) for a in (ends[0][0], ends[0][-1]) for b in (ends[1][0], ends[1][-1]))
-            if pair in found]
+    ends = [sorted({values[i] for values in found}) for i in range(len(labels))]
+    corners = itertools.product(*((values[0], values[-1]) for values in ends))
+    rows = [pair for pair in dict.fromkeys(corners) if pair in found] or list(found)[:4]
     axes = figure.subplots(len(rows), frames, squeeze=False)
     for row, pair in zip(axes, rows):
-        f, channels, _, _ = read_file(found[pair])
-        with f:
-            read = lambda name: channels[name][0][(0, slice(None), ..., *channels[name][1])]             # (T, nx, ny)
-            shown = np.hypot(read('velocity_x'), read('velocity_y')) if what == 'speed' else read(what)
-            time, x, y = (f['dimensions'][k][:] for k in ('time', 'x', 'y'))
+        shown, name, time, x, y = read_example(found[pair], system.picture)
         picked = np.linspace(0, len(shown) - 1, frames + 1).round().astype(int)[1:]      # t = 0 is dull
-        low, high = (0, np.quantile(shown[picked], 0.998)) if what == 'speed' else (shown.min(), shown.max())
+        size = name.startswith('|')                                      # a magnitude begins at zero
+        low, high = (0, np.quantile(shown[picked], 0.998)) if size else (shown.min(), shown.max())
         for ax, i in zip(row, picked):
             ax.pcolormesh(x, y, shown[i].T, cmap='magma', vmin=low, vmax=high, shading='gouraud', rasterized=True)
             ax.set(xticks=[], yticks=[], aspect='equal')
@@ -64,28 +83,31 @@ def examples(figure, root, system, frames):
             ax.spines[:].set_visible(False)
             if ax in axes[0]:
                 ax.set_title(f't = {time[i]:g}', pad=4)
-        names = [NAMES[dict(system.shown).get(name, name)] for name in (first, second)]
+        names = [symbol(system, system.name_of(label)) for label in labels]
         row[0].set_ylabel('\n'.join(f'{n} = {v:g}' for n, v in zip(names, pair)), rotation=0, ha='right', va='center')
-    title = 'Speed of the flow, each row on its own scale' if what == 'speed' else what.capitalize()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f'{name[:1].upper()}{name[1:]}, each row on its own scale', fontsize=10)
 
 
-def training(figure, path):
-    """Loss terms, spread and effective rank of the embedding, learning rate; by optimizer step."""
+def symbol(system, label):
+    """A label, as people know it, in a picture."""
+    return system.symbols.get(label, label)
+
+
+def training(figure, path, names):
+    """Loss, its terms (`names`: what to call them), spread and rank of the embedding, learning rate; by step."""
     log = [json.loads(line) for line in path.read_text().splitlines()]
     if not log:
         raise ValueError(f'{path} is empty: the run has made no step')
     step = [line['step'] for line in log]
     axes = figure.subplots(1, 4)
-    terms = ('sim', 'std', 'cov') if 'sim' in log[0] else ('low', 'mid', 'high')
+    terms = [key for key in log[0] if key not in BOOKKEEPING]
     panels = (('Loss', ('loss',), False), ('Its terms, unweighted', terms, True),
               ('Embedding', ('embedding_std', 'embedding_rank'), True), ('Learning rate', ('lr',), False))
-    names = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance', 'embedding_std': 'standard deviation',
-             'embedding_rank': 'effective rank', 'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}
+    names = {'embedding_std': 'standard deviation', 'embedding_rank': 'effective rank', **names}
     for ax, (title, keys, log_axis) in zip(axes, panels):
-        keys = [key for key in keys if key in log[0]]                    # MPP and DISCO have one term only
-        for key, color in zip(keys, PROBES.values()):
-            ax.plot(step, [line[key] for line in log], color=color, lw=1.2, label=names.get(key))
+        keys = [key for key in keys if key in log[0]]                    # a loss may have one term only
+        for key, color in zip(keys, itertools.cycle(PROBES.values())):
+            ax.plot(step, [line[key] for line in log], color=color, lw=1.2, label=names.get(key, key))
         ax.set(title=title, xlabel='step', yscale='log' if log_axis else 'linear')
         if log_axis:
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -95,7 +117,7 @@ def training(figure, path):
             ax.legend()
 
 
-def errors(figure, result, columns):
+def errors(figure, result, columns, system):
     """One panel per column (the mean, labels): test error of each encoder under each probe, log axis."""
     rows = [name for name in result['rows'] if name != 'predict the mean' and not name.endswith(', the paper')]
     papers = {n: r['attentive'] for n, r in result['rows'].items() if n.endswith(', the paper')}
@@ -120,7 +142,7 @@ def errors(figure, result, columns):
                 ax.text(len(rows) - 0.5, paper[column] * 1.06, f'{name}: {paper[column]:g}', ha='right',
                         va='bottom', fontsize=7, color='#c0392b')
         ax.set(yscale='log', xlim=(-0.55, len(rows) - 0.45), ylim=(low, max(values + [1]) * 2.2))
-        ax.set_title(NAMES.get(column, column))
+        ax.set_title(symbol(system, column))
         ax.yaxis.set_major_formatter('{x:g}')
         ax.set_xticks(range(len(rows)), [n.replace(' ', '\n', 1) for n in rows])
         ax.tick_params(axis='x', length=0)
@@ -128,62 +150,114 @@ def errors(figure, result, columns):
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
 
 
+def embeddings(figure, kept, system):
+    """Mean tokens (n, D) in their first two principal components, a panel for each label; test runs in full colour."""
+    z = kept['embedding'].astype(np.float64)
+    z = (z - z.mean(0)) / (z.std(0) + 1e-9)
+    _, spread, directions = np.linalg.svd(z, full_matrices=False)
+    share, (first, second) = spread**2 / (spread**2).sum(), (z @ directions[:2].T).T
+    test, names = kept['split'] == 'test', kept['label_names'].tolist()
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, name, values, log in zip(axes, names, kept['labels'].T, kept['log_labels']):
+        norm = (matplotlib.colors.LogNorm if log else matplotlib.colors.Normalize)(values.min(), values.max())
+        for where, size, alpha in (~test, 4, 0.5), (test, 12, 1.0):
+            dots = ax.scatter(first[where], second[where], s=size, c=values[where], norm=norm, cmap='viridis',
+                              alpha=alpha, lw=0)
+        ax.set(title=symbol(system, name), xlabel=f'component 1 ({share[0]:.0%})',
+               ylabel=f'component 2 ({share[1]:.0%})')
+        ax.grid(False)
+        figure.colorbar(dots, ax=ax)
+    figure.suptitle(f'{kept["model"]}, {kept["system"]}: large dots are test windows', fontsize=10)
+
+
 def save(figure, path):
-    figure.savefig(path)
+    part = path.with_name(path.name + '.part.png')
+    figure.savefig(part)
     plt.close(figure)
-    Image.open(path).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(part).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(part, optimize=True)
+    part.replace(path)
     print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
 
 
-def plot(args):
-    run = Path(args.run) if args.run else checkpoints()[-1].parent
-    if run.is_file():
-        run = run.parent
-    log, table = run / 'log.jsonl', run / 'eval.json'
+def canvas(width, height):
+    return plt.figure(figsize=(width, height), dpi=120, layout='constrained')
+
+
+def plot_embeddings(args, out):
+    path = Path(args.embeddings)
+    try:
+        kept = dict(np.load(path, allow_pickle=False))
+        name = str(kept['system'])
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f'{path} is no file of eval.py --save-embeddings') from None
+    system = systems.find_system(name) if name in systems.system_names() else systems.System()
+    embeddings(figure := canvas(5 * len(kept['label_names']), 4.2), kept, system)
+    save(figure, out / 'embeddings.png')
+
+
+def read_tables(runs):
+    """What eval.py found of these runs, as one eval.json; None if it has not been run on the first of them."""
+    results = []
+    for table in (run / 'eval.json' for run in runs):
+        if table.exists():
+            results.append(json.loads(table.read_text()))
+            if 'row' not in results[-1]:
+                raise ValueError(f'{table} was written by an earlier version: make it again with python eval.py')
+            if results[-1]['system'] != results[0]['system']:
+                raise ValueError('the runs are of different systems: a picture is about one')
+    return {**results[0], 'rows': merge_rows(results)} if results else None
+
+
+def plot_runs(runs, args, out):
+    """Pictures of the first run, and of the table of all; only the banner if that is asked for."""
+    run, result = runs[0], read_tables(runs)
+    log = run / 'log.jsonl'
     if not log.exists():
         raise ValueError(f'{run} is no run of train.py: it has no log.jsonl')
-    result = json.loads(table.read_text()) if table.exists() else None
-    root, system, _ = find_dataset(args.data or (result or {}).get('system', 'active_matter'), args.data_dir)
-    new = lambda width, height: plt.figure(figsize=(width, height), dpi=120, layout='constrained')
+    state = models.load_checkpoint(run / 'ckpt.pt')
+    root, system, _ = find_dataset(state['config']['data'], data_folder(args.data_dir))
+    labels = state['labels']
     if args.banner:
         if not result:
-            raise ValueError(f'{run} has no eval.json for the banner: make one with python eval.py {run / "ckpt.pt"}')
-        figure = new(10, 4.1)
+            raise ValueError(f'{run} has no eval.json for the banner: make one with python eval.py {run}')
+        figure = canvas(10, 4.1)
         left, right = figure.subfigures(1, 2, width_ratios=(0.78, 1))
-        examples(left, root, system, 4)
-        errors(right, result, ['mean'])
-        shown = ' and '.join(NAMES[name] for name in result['labels'])
+        examples(left, root, system, labels, 4)
+        errors(right, result, ['mean'], system)
+        shown = ' and '.join(symbol(system, name) for name in result['labels'])
         right.axes[0].set_title(f'What a frozen encoder knows of {shown}', fontsize=11)
-        args.banner.parent.mkdir(parents=True, exist_ok=True)
-        return save(figure, args.banner)
-    args.out.mkdir(parents=True, exist_ok=True)
-    examples(figure := new(9.6, 5), root, system, 8)
-    save(figure, args.out / 'examples.png')
-    training(figure := new(12, 2.8), log)
-    save(figure, args.out / 'training.png')
+        Path(args.banner).parent.mkdir(parents=True, exist_ok=True)
+        return save(figure, Path(args.banner))
+    examples(figure := canvas(9.6, 5), root, system, labels, 8)
+    save(figure, out / 'examples.png')
+    terms = getattr(models.find_model(state['config']['model']), 'TERMS', {})
+    training(figure := canvas(12, 2.8), log, terms)
+    save(figure, out / 'training.png')
     if result:
-        errors(figure := new(12, 3.8), result, ['mean', *result['labels']])
-        save(figure, args.out / 'errors.png')
+        errors(figure := canvas(12, 3.8), result, ['mean', *result['labels']], system)
+        save(figure, out / 'errors.png')
     else:
-        print(f'no {table}, so no errors.png: make one with python eval.py {run / "ckpt.pt"}')
+        print(f'no {run}/eval.json, so no errors.png: make one with python eval.py {run}')
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('run', nargs='?', help='folder of a run, or its checkpoint (default: the newest under out/)')
-    parser.add_argument('--data', help="system whose examples are shown (default: that of the run's table)")
-    parser.add_argument('--data-dir', default=os.environ.get('THE_WELL_DATA_DIR', 'data'),
-                        help='default: $THE_WELL_DATA_DIR, else ./data')
-    parser.add_argument('--out', type=Path, default=Path('figures'), help='folder for the pictures')
-    parser.add_argument('--banner', type=Path, help='write only this picture, examples and error table')
-    args = parser.parse_args()
+@script
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument('runs', nargs='*', help='folders of runs, or checkpoints (default: the newest under out/)')
+    parser.add_dataclass(Settings)
+    given = vars(parser.parse_args(argv))
+    paths = [Path(p) for p in given.pop('runs')]
+    args = Settings(**given)
     plt.rcParams.update(STYLE)
-    try:
-        plot(args)
-    except (ValueError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
+    out = Path(args.out)
+    if missing := [str(p) for p in paths if not p.exists()]:
+        raise ValueError(f'no run at {", ".join(missing)}')
+    if not args.banner:
+        out.mkdir(parents=True, exist_ok=True)
+    if args.embeddings:
+        plot_embeddings(args, out)
+    else:
+        plot_runs([p if p.is_dir() else p.parent for p in paths or checkpoints()[-1:]], args, out)
 
 
 if __name__ == '__main__':

@@ -6,124 +6,32 @@ Simulate one of three systems and write it in The Well's format.
     python simulate.py rayleigh_benard
     python simulate.py active_matter --preset well       # The Well's grid and frames; wants a GPU
 
-solvers.py solves the equations. A dataset is every pair of values of the system's two parameters, each from
-several initial conditions, of which none is in two splits; one file per pair and split. An interrupted
-simulation leaves no half file, and goes on when it is started again.
+systems/ holds the equations, their solvers and the presets. A dataset is every pair of values of the system's two
+parameters, each from several initial conditions, of which none is in two splits; one file per pair and split. An
+interrupted simulation leaves no half file, and goes on when it is started again.
 """
-import argparse
-import contextlib
 import dataclasses
-import itertools
 import json
 import os
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from common import Parser, Progress, alone_in, at_least, data_folder, option, pick_device, script, write_text
 
 import h5py
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import solvers
+from systems import find_system, system_names
 
 SPLITS = 'train', 'valid', 'test'
 RESOLVED = 1e-4         # largest share of the energy in the last third of the spectrum of a resolved run
 
 
-# ---------------------------------------------------------------------------------------------
-# the three systems
-
-@dataclass
-class Preset:
-    """What one preset simulates; `about` says it in words."""
-    grid: tuple             # points along x and y, as written
-    frames: int
-    pairs: list             # of the two parameters
-    runs: dict              # split -> initial conditions per pair
-    files_at_once: int      # pairs advanced in one batch
-    about: str
-    settings: dict = field(default_factory=dict)                         # of the function below that starts the solver
-
-
-def active_matter(pairs, keys, p, device):
-    """The solver of a batch of runs. pairs: their parameters; keys: [seed, split, pair, run] of each."""
-    c, m = map(torch.stack, zip(*[solvers.active_matter_start(p.grid[0], key, device=device) for key in keys]))
-    return solvers.ActiveMatter(*zip(*pairs), c, m, **p.settings)
-
-
-def shear_flow(pairs, keys, p, device):
-    """Starts are an enumerable few: shuffled, dealt out to the splits, and taken in turns there."""
-    starts = list(itertools.product(*p.settings['starts']))
-    ends = np.round(np.cumsum([0, *p.runs.values()]) / sum(p.runs.values()) * len(starts)).astype(int)
-
-    def start(seed, split, pair, run):
-        mine = np.random.default_rng(seed).permutation(len(starts))[ends[split]:ends[split + 1]]
-        n_shear, n_blobs, width = starts[mine[(pair * p.runs[SPLITS[split]] + run) % len(mine)]]
-        fine = (n * p.settings['refine'] for n in p.grid)
-        return solvers.shear_flow_start(*fine, n_shear, n_blobs, width, device=device)
-    return solvers.ShearFlow(*zip(*pairs), *map(torch.stack, zip(*[start(*key) for key in keys])))
-
-
-def rayleigh_benard(pairs, keys, p, device):
-    """db goes through The Well's five values from run to run."""
-    b = [solvers.rayleigh_benard_start(*p.grid, (0.2, 0.4, 0.6, 0.8, 1.0)[(pair + run + 3 * split) % 5],
-                                       [seed, split, pair, run], p.settings['noise'], device=device)
-         for seed, split, pair, run in keys]
-    return solvers.RayleighBenard(*zip(*pairs), torch.stack(b))
-
-
-@dataclass
-class System:
-    """One of The Well's systems: how it is solved and written."""
-    solver: callable        # (pairs, keys, preset, device) -> solver
-    dt_save: float          # time between frames
-    scalars: callable       # the two parameters -> The Well's scalars
-    file: str               # name of a pair's file
-    axes: callable          # grid -> coordinates of x and y
-    presets: dict
-    walls: bool = False     # y is bounded by walls, not periodic
-
-
-def pairs(first, second):
-    """Every pair, the second parameter varying slowest."""
-    return [(float(a), float(b)) for b in second for a in first]
-
-
-ACTIVE = [(float(alpha), float(zeta)) for alpha in (-1, -2, -3, -4, -5) for zeta in range(1, 18, 2)]
-SCHMIDT = PRANDTL = 0.1, 0.2, 0.5, 1, 2, 5, 10
-SYSTEMS = {
-    'active_matter': System(
-        active_matter, 0.25, lambda alpha, zeta: {'L': solvers.BOX, 'zeta': zeta, 'alpha': alpha},
-        'active_matter_L_10.0_zeta_{1}_alpha_{0}.hdf5',
-        lambda nx, ny: [np.arange(n) * solvers.BOX / n for n in (nx, ny)],
-        {'nano': Preset((64, 64), 81, ACTIVE, dict(train=3, valid=1, test=1), 9,
-                        '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.25 / 12)),
-         'well': Preset((256, 256), 81, ACTIVE, dict(train=3, valid=1, test=1), 3,
-                        '256 x 256, 81 frames, 45 pairs, 225 runs: 53 GB; for a GPU, not timed', dict(dt=0.005))}),
-    'shear_flow': System(
-        shear_flow, 0.1, lambda reynolds, schmidt: {'Rayleigh': reynolds, 'Schmidt': schmidt},           # sic
-        'shear_flow_Reynolds_{0:g}_Schmidt_{1:g}.hdf5',
-        lambda nx, ny: [np.arange(nx) / nx, -1 + 2 * np.arange(ny) / ny],
-        {'nano': Preset((48, 96), 80, pairs((80, 160, 320, 640), SCHMIDT), dict(train=3, valid=1, test=1), 7,
-                        '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs at Reynolds 80 to 640, 140 runs, each of '
-                        'four layers, so that every crop of 32 x 32 sees one: 0.8 GB, 2 minutes on 2 cores',
-                        dict(refine=2, starts=((4,), (2, 3, 4, 5), tuple(1 + i / 40 for i in range(41))))),
-         'well': Preset((256, 512), 200, pairs((1e4, 5e4, 1e5, 5e5), SCHMIDT), dict(train=32, valid=4, test=4), 1,
-                        '256 x 512 (solved at 1024 x 2048), 200 frames, 28 pairs, 1120 runs: 470 GB; for a GPU, '
-                        'not timed',
-                        dict(refine=4, starts=((2, 4), (2, 3, 4, 5), (0.25, 0.5, 1.0, 2.0, 4.0))))}),
-    'rayleigh_benard': System(
-        rayleigh_benard, 0.25, lambda rayleigh, prandtl: {'Prandtl': prandtl, 'Rayleigh': rayleigh},
-        'rayleigh_benard_Rayleigh_{0:g}_Prandtl_{1:g}.hdf5',
-        lambda nx, ny: [np.arange(nx) * 4 / nx, solvers.chebyshev_nodes(ny)],
-        {'nano': Preset((96, 32), 80, pairs((2.5e3, 8e3, 2.5e4, 8e4), PRANDTL), dict(train=3, valid=1, test=1), 4,
-                        '96 x 32, 80 frames, 28 pairs at Rayleigh 2.5e3 to 8e4, 140 runs: 0.5 GB, 2 minutes on 2 cores',
-                        dict(noise=0.1)),
-         'well': Preset((512, 128), 200, pairs((1e6, 1e7, 1e8, 1e9, 1e10), PRANDTL), dict(train=40, valid=5, test=5), 1,
-                        '512 x 128, 200 frames, 35 pairs, 1750 runs: 370 GB; for a GPU, not timed', dict(noise=1e-3))},
-        walls=True),
-}
+@dataclasses.dataclass
+class Settings:
+    preset: str = option('nano', "what to simulate; smoke is nano's in miniature", 'dataset')
+    data_dir: str = option('', 'folder of datasets (default: $THE_WELL_DATA_DIR, else data)', 'dataset')
+    seed: int = option(0, 'seed of the initial conditions', 'dataset')
+    device: str = option('auto', 'cuda, cpu, or auto', 'machine')
 
 
 def record(solver, frames, dt_save, step=1, tick=lambda: None):
@@ -154,7 +62,7 @@ def record(solver, frames, dt_save, step=1, tick=lambda: None):
 
 def write_well_file(path, name, pair, fields):
     """Runs of system `name` at one pair of parameters, fields as from `record`, as The Well's HDF5; atomically."""
-    system = SYSTEMS[name]
+    system = find_system(name)
     B, T, nx, ny = next(iter(fields.values())).shape[:4]
     part = path.with_name(path.name + '.part')
     scalars = system.scalars(*pair)
@@ -174,8 +82,8 @@ def write_well_file(path, name, pair, fields):
         for axis, points in zip('xy', system.axes(nx, ny)):
             dataset(g, axis, points)
         g = f.create_group('boundary_conditions')
-        for axis, n in zip('xy', (nx, ny)):
-            kind = 'wall' if axis == 'y' and system.walls else 'periodic'
+        for axis, n, periodic in zip('xy', (nx, ny), system.periodic):
+            kind = 'periodic' if periodic else 'wall'
             b = g.create_group(f'{axis}_{kind}')
             mask = np.zeros(n, bool)
             mask[[0, -1]] = True
@@ -196,34 +104,6 @@ def write_well_file(path, name, pair, fields):
                 dataset(g, name, fields[name], dim_varying=[True, True], sample_varying=True, time_varying=True,
                         **tensor)
     os.replace(part, path)
-
-
-def write_text(path, text):
-    """A text file that is complete or not there at all."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def check_device(device):
-    """Raise ValueError unless `device` is cpu, or cuda where there is one."""
-    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {device!r} is not to be had here: --device cpu always is')
-
-
-@contextlib.contextmanager
-def alone_in(folder):
-    """Other processes that want the same folder wait for this one; where folders cannot be locked, nobody does."""
-    lock = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def write_stats(train_dir, path):
@@ -266,7 +146,7 @@ def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
     together never change, so the same seed gives the same bytes however often it is cut. Says how many runs
     are not resolved. Raises ValueError if the folder holds data that this call did not make.
     """
-    p = SYSTEMS[name].presets[preset]
+    p = find_system(name).preset(preset)
     root = Path(data_dir) / name
     recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}
     recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
@@ -287,20 +167,18 @@ def make_dataset(name, data_dir, preset='nano', seed=0, device='cpu'):
 
 def simulate_missing(name, p, root, seed, device):
     """What `make_dataset` does, once it is clear that it may."""
-    system = SYSTEMS[name]
+    system = find_system(name)
     batches = [(split, p.pairs[i:i + p.files_at_once]) for split in SPLITS
                for i in range(0, len(p.pairs), p.files_at_once)]
     path = lambda split, pair: root / 'data' / split / system.file.format(*pair)
+    missing = [(split, batch, todo) for split, batch in batches
+               if (todo := [pair for pair in batch if not path(split, pair).exists()])]
     resolution = []
-    bar = tqdm(total=sum(p.runs[split] * len(batch) for split, batch in batches) * p.frames, unit='frame',
-               desc=f'simulating {root}', smoothing=0.05)
-    for split, batch in batches:
+    bar = Progress(sum(p.runs[split] * len(batch) for split, batch, _ in missing) * p.frames,
+                   f'simulating {root}', 'frame', smoothing=0.05, disable=not missing)
+    for split, batch, todo in missing:
         runs = p.runs[split]
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
-        todo = [pair for pair in batch if not path(split, pair).exists()]
-        if not todo:
-            bar.update(runs * len(batch) * p.frames)
-            continue
         each = [(pair, [seed, SPLITS.index(split), p.pairs.index(pair), run]) for pair in batch for run in range(runs)]
         solver = system.solver(*zip(*each), p, device)
         fields, tails = record(solver, p.frames, system.dt_save, p.settings.get('refine', 1),
@@ -321,25 +199,20 @@ def simulate_missing(name, p, root, seed, device):
         write_stats(root / 'data' / 'train', root / 'stats.yaml')
 
 
-def main():
-    presets = '\n'.join(f'  {name:16} {preset:6} {p.about}' for name, system in SYSTEMS.items()
-                        for preset, p in system.presets.items())
-    parser = argparse.ArgumentParser(description=__doc__ + '\npresets:\n' + presets,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('system', choices=list(SYSTEMS))
-    parser.add_argument('--preset', choices=['nano', 'well'], default='nano')
-    parser.add_argument('--data-dir', default=os.environ.get('THE_WELL_DATA_DIR', 'data'),
-                        help='default: $THE_WELL_DATA_DIR, else ./data')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    args = parser.parse_args()
-    try:
-        check_device(args.device)
-        root = make_dataset(args.system, args.data_dir, args.preset, args.seed, args.device)
-    except (ValueError, OSError, FloatingPointError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
-    print(f'{root} is complete. Next: python train.py --data {args.system} --data-dir {args.data_dir}')
+@script
+def main(argv=None):
+    presets = '\n'.join(f'  {name:16} {preset:6} {p.about}' for name in system_names()
+                        for preset, p in find_system(name).presets.items())
+    parser = Parser(__doc__ + '\npresets:\n' + presets)
+    parser.add_argument('system', help=', '.join(system_names()))
+    parser.add_dataclass(Settings)
+    args = vars(parser.parse_args(argv))
+    name, settings = args.pop('system'), Settings(**args)
+    at_least(settings, 0, 'seed')
+    find_system(name)
+    data_dir = data_folder(settings.data_dir)
+    root = make_dataset(name, data_dir, settings.preset, settings.seed, pick_device(settings.device))
+    print(f'{root} is complete. Next: python train.py --data {name} --data-dir {data_dir}')
 
 
 if __name__ == '__main__':

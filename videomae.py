@@ -13,6 +13,7 @@ Parameter names are the official code's (MCG-NJU/VideoMAE), so its checkpoints l
 """
 import argparse
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,52 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-SIZES = {'tiny': dict(width=192, heads=3), 'small': dict(width=384, heads=6)}
+from common import at_least, check_state, option, published_state
+
+TITLE = 'VideoMAE'
+PAPER = {'active_matter': 0.160, 'shear_flow': 0.67, 'rayleigh_benard': 0.18}          # table 1, attentive probe
+TERMS = {'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}      # what the log's terms are in pictures
+SIZES = {'nano': (64, 4, 2), 'tiny': (192, 12, 3), 'small': (384, 12, 6)}              # width, depth, heads
+
+
+@dataclass
+class Options:
+    """The defaults are the paper's."""
+    size: str = option('small', 'of the encoder: ' + ', '.join(SIZES))
+    width: int = option(0, 'of the encoder; 0: as its size says')
+    depth: int = option(0, 'blocks of the encoder; 0: as its size says')
+    heads: int = option(0, 'of the encoder; 0: as its size says')
+    patch: int = option(16, 'side of a tubelet, which is two frames long')
+    mask_ratio: float = option(0.9, 'share of the patches that is hidden')
+    decoder_width: int = option(192, 'width of the decoder, 64 a head')
+    decoder_depth: int = option(4, 'blocks of the decoder')
+
+
+PRESETS = {
+    'paper': dict(noise=0.0, lr=1.5e-4),                                 # its target is the pixels: no noise on them
+    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True,
+                 size='nano', patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
+                 batch=32, micro_batch=32, steps=1200, lr=1.5e-3, warmup_epochs=0.3)}
+
+
+def check(options, height, width):
+    """Raise ValueError if the options, or fields of this size, will not do."""
+    if options.size not in SIZES:
+        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
+    at_least(options, 1, 'patch', 'decoder_width')
+    at_least(options, 0, 'width', 'depth', 'heads', 'decoder_depth')
+    if height % options.patch or width % options.patch:
+        raise ValueError(f'the patches need sides divisible by {options.patch}, not {height} x {width}: choose another '
+                         f'--resolution, --crop or --patch')
+    hidden_places(height * width // options.patch**2, options.mask_ratio)
+
+
+def build(options, inputs):
+    own = options.width, options.depth, options.heads
+    width, depth, heads = (mine or default for mine, default in zip(own, SIZES[options.size]))
+    return VideoMAE(len(inputs.channels), width, depth, heads, options.patch, mask_ratio=options.mask_ratio,
+                    decoder_width=options.decoder_width, decoder_depth=options.decoder_depth,
+                    decoder_heads=max(1, options.decoder_width // 64))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,6 +111,15 @@ def positions(tokens, width, dtype=torch.float32, device=None):
     return table.float().to(device, dtype)
 
 
+def hidden_places(places, mask_ratio):
+    """How many of the places of a frame are hidden; ValueError if that is none, or all."""
+    hidden = int(mask_ratio * places)
+    if not 0 < hidden < places:
+        raise ValueError(f'mask ratio {mask_ratio} hides {hidden} of {places} patches: '
+                         'some must be hidden and some visible')
+    return hidden
+
+
 def tube_masks(batch, places, mask_ratio, generator=None, rank=0, world=1):
     """True where a place is hidden, in all frames: (2 * batch, places), `int(mask_ratio * places)` per clip.
 
@@ -72,10 +127,7 @@ def tube_masks(batch, places, mask_ratio, generator=None, rank=0, world=1):
     on every rank, from a `generator` in the same state, and this rank's part is returned: together the ranks
     hide what one process would. Raises ValueError if nothing would be hidden, or nothing visible.
     """
-    hidden = int(mask_ratio * places)
-    if not 0 < hidden < places:
-        raise ValueError(f'mask ratio {mask_ratio} hides {hidden} of {places} patches: '
-                         'some must be hidden and some visible')
+    hidden = hidden_places(places, mask_ratio)
     order = torch.rand(2, world * batch, places, generator=generator).argsort(-1)      # random permutations
     return (order < hidden)[:, rank * batch:(rank + 1) * batch].flatten(0, 1)
 
@@ -208,7 +260,7 @@ class VideoMAE(nn.Module):
     """Masked autoencoder. forward(context, target) -> {'loss', 'low', 'mid', 'high'}.
 
     The two halves of a window are two clips, each reconstructed on its own. Defaults are the paper's
-    (arXiv 2603.13227); for its "tiny", VideoMAE(channels, **SIZES['tiny']). Any resolution and number of
+    (arXiv 2603.13227); for its "tiny", VideoMAE(channels, *SIZES['tiny']). Any resolution and number of
     frames that the patches tile will do. The visible tokens of the last forward are kept, detached, in
     `self.embedding` for the log, (2B, D, T/tubelet, visible places). Raises ValueError if a width is not
     divisible by its heads.
@@ -273,16 +325,11 @@ class VideoMAE(nn.Module):
         return {'loss': loss, 'low': bands[0], 'mid': bands[1], 'high': bands[2]}
 
     def features(self, x):
-        """All tokens, to fine-tune: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""
+        """All tokens: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""
         return self.encoder(patchify(x, self.tubelet, self.patch))
 
-    @torch.no_grad()
-    def embed(self, x):
-        """The same tokens, frozen, for the probes."""
-        return self.features(x)
 
-
-def load_official(model, path):
+def load_published(model, path):
     """Load a pretraining checkpoint of MCG-NJU/VideoMAE, {'model': state}, or a bare state dict, into `model`.
 
     Keys may begin with 'module.'. A state dict of an encoder alone loads into the encoder. Of a checkpoint
@@ -291,18 +338,7 @@ def load_official(model, path):
     printed, in one line. Raises ValueError if the file is no checkpoint, or, naming the key, if anything is
     missing, unknown or of another shape; the model is then as before.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):     # the official run's flags: plain values
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as e:                                               # pickle, zip and io errors of many kinds
-        reason = ' '.join(str(e).split()).partition('. ')[0][:100]
-        raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
-    state = state.get('model', state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f'{path} holds no state dict')
-    state = {str(k).removeprefix('module.'): v for k, v in state.items()}
+    state = published_state(path, 'model', safe=[argparse.Namespace])      # the official run's flags: plain values
     own, notes = model.state_dict(), []
     if not any(k.startswith('encoder.') for k in state):
         state = {'encoder.' + k: v for k, v in state.items()}
@@ -315,11 +351,7 @@ def load_official(model, path):
         state.update((k, own[k]) for k in ('decoder.head.weight', 'decoder.head.bias') if k in state)
         notes.append(f'each of the {here} channels embedded by the mean over its {there} channels x {there}/{here}, '
                      "the decoder's head stays as it is")
-    for k in sorted(own.keys() | state.keys()):
-        if k not in state or k not in own or own[k].shape != state[k].shape:
-            raise ValueError(f'{path} is not this model: {k} is '
-                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
-                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+    check_state(own, state, path)
     model.load_state_dict(state)
     if notes:
         print(f'{path}: ' + '; '.join(notes))

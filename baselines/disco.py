@@ -10,6 +10,7 @@ as a baseline. Names are the official code's, so its checkpoints load as they ar
 """
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
+
+from common import at_least, check_state, option, published_state, read_tensors
+
+TITLE = 'DISCO'
+PAPER = {'active_matter': 0.057, 'shear_flow': 0.13, 'rayleigh_benard': 0.01}          # table 1, attentive probe
+MLP_RATIO = 4.0                                                          # of its attentive probe, in the paper
 
 # The 29 states DISCO tells apart; in 3-D the velocities are others. Two were never used.
 STATES = ('density energy pressure momentum_x momentum_y tracer velocity_x velocity_y concentration D_xx D_xy D_yx '
@@ -38,6 +45,40 @@ WELL = {                    # the datasets it was trained on: spatial axes, wall
     'gravity_cooling': (3, True, GAS),
     'radiative_layer': (2, True, 'density pressure velocity_x velocity_y'),
 }
+
+
+@dataclass
+class Options:
+    """The defaults are the published model's."""
+    width: int = option(384, 'of the hypernetwork, and of the latent')
+    depth: int = option(12, 'blocks of the hypernetwork')
+    heads: int = option(6, 'of the hypernetwork')
+    patch: int = option(16, 'side of a patch: 8 or 16')
+    layer_scale: float = option(1e-6, 'initial layer scale of the blocks')
+    operator_width: int = option(8, 'of the operator, at full resolution')
+    generator_width: int = option(768, "of the layers that make the operator's weights")
+    max_steps: int = option(32, '1/max_steps is the least step of the integration')
+
+
+PRESETS = {                                                              # it standardises its inputs itself
+    'paper': dict(noise=0.0),
+    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, augment=True, width=32, depth=2, heads=2, patch=8,
+                 operator_width=4, generator_width=16, max_steps=2, layer_scale=0.1,
+                 batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)}
+
+
+def check(options, height, width):
+    """Raise ValueError if the options, or fields of this size, will not do."""
+    at_least(options, 1, 'width', 'heads', 'operator_width', 'generator_width', 'max_steps')
+    if height % 16 or width % 16 or min(height, width) < 32:
+        raise ValueError(f'DISCO needs sides of 32, 48, 64, .., not {height} x {width}: set --resolution or --crop')
+
+
+def build(options, inputs):
+    """The published weights serve all datasets; a model that starts from nothing has those of one."""
+    return DISCO(inputs.system, inputs.channels, all_datasets=inputs.published, dim=options.width, blocks=options.depth,
+                 heads=options.heads, patch=options.patch, hidden=options.generator_width, width=options.operator_width,
+                 layer_scale=options.layer_scale, max_steps=options.max_steps)
 
 
 def standardize(x, first):
@@ -310,18 +351,13 @@ class DISCO(nn.Module):
         return self.hpnn
 
     def features(self, x):
-        """The theta latent as one token, for fine-tuning: (B, C, T, H, W) -> (B, 1, dim)."""
+        """The theta latent as one token: (B, C, T, H, W) -> (B, 1, dim)."""
         B, C, T, *space = x.shape
         if C != len(self.states) or len(space) != self.axes or any(n % 16 or n < 32 for n in space):
             raise ValueError(f'DISCO for {self.dataset} needs {len(self.states)} channels in {self.axes} dimensions of '
                              f'sizes 32, 48, 64, ..; not {C} channels of {" x ".join(map(str, space))}')
         x = standardize(x, 2)[0]                                         # which the hypernetwork will do again
         return self.hpnn(x, self.states).mean((1, 3, 4, 5))[:, None]
-
-    @torch.no_grad()
-    def embed(self, x):
-        """Frozen embedding for the probes: (B, C, T, H, W) -> tokens (B, 1, dim)."""
-        return self.features(x)
 
     def theta(self, z):
         """Latent (B, dim) -> the operator's weights (B, n), each within twice its bound."""
@@ -376,37 +412,17 @@ LATENT_LABELS = {'active_matter': ['L', 'zeta', 'alpha'], 'shear_flow': ['Raylei
                  'rayleigh_benard': ['Rayleigh', 'Prandtl']}
 
 
-def read(path):
-    """The dict of a torch.save file; ValueError for anything else. Never runs code from the file."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:                                               # pickle and zip errors of many kinds
-        reason = (str(e) or repr(e)).splitlines()[0][:100]
-        raise ValueError(f'{path} is damaged, or holds more than tensors ({reason})') from None
-    if not isinstance(state, dict):
-        raise ValueError(f'{path} holds a {type(state).__name__}, not a dict')
-    return state
-
-
-def load_official(model, path):
+def load_published(model, path):
     """Load a DISCO training checkpoint, {'model_state': ..}, its keys with or without 'module.'.
 
     Older ones were made for 2-D: their weights lack the last, singleton axis. Raises ValueError, naming file and
     key, if anything is missing, unknown or of another shape.
     """
-    state, own = read(path).get('model_state'), model.state_dict()
-    if not isinstance(state, dict):
-        raise ValueError(f'{path} is not a DISCO checkpoint: it has no model_state')
-    state = {str(k).removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
-    for k in sorted(own.keys() | state.keys()):
-        if k in own and k in state and (*state[k].shape, 1) == own[k].shape:
+    state, own = published_state(path, 'model_state'), model.state_dict()
+    for k in own.keys() & state.keys():
+        if (*state[k].shape, 1) == own[k].shape:
             state[k] = state[k][..., None]
-        if k not in own or k not in state or state[k].shape != own[k].shape:
-            raise ValueError(f'{path} is not this DISCO: {k} is '
-                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
-                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+    check_state(own, state, path)
     model.load_state_dict(state)
 
 
@@ -420,7 +436,7 @@ def read_latents(folder, dataset):
     for split in 'train', 'valid':
         parts = {'theta_latent': [], 'labels': []}
         for path in sorted(Path(folder, split).glob('batch_*.pt')):
-            batch = read(path)
+            batch = read_tensors(path)
             for key, part in parts.items():
                 part.append(batch.get(key, torch.empty(0)))
             z, labels = (part[-1] for part in parts.values())

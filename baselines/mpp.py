@@ -12,12 +12,53 @@ is left out.
 """
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SIZES = {'Ti': (192, 12, 3), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16)}     # width, blocks, heads
+from common import at_least, check_state, option, published_state
+
+TITLE = 'MPP'
+PAPER = {'active_matter': 0.230, 'shear_flow': 0.59, 'rayleigh_benard': 0.08}          # table 1, attentive probe,
+PAPER_FINETUNED = True                                                                 # all weights fine-tuned
+MLP_RATIO = 4.0                                                          # of its attentive probe, in the paper
+SIZES = {'Ti': (192, 12, 3), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16),     # width, blocks, heads
+         'nano': (48, 2, 3)}
+
+
+@dataclass
+class Options:
+    """The defaults are the published MPP-Ti's."""
+    size: str = option('Ti', 'one of ' + ', '.join(SIZES))
+    width: int = option(0, '0: as its size says')
+    depth: int = option(0, 'blocks; 0: as its size says')
+    heads: int = option(0, '0: as its size says')
+    layer_scale: float = option(1e-6, 'initial layer scale of the blocks')
+    official_state_map: bool = option(False, 'channels to states as in the official script, not by name')
+
+
+PRESETS = {                                                              # it standardises its inputs itself
+    'paper': dict(noise=0.0),
+    'nano': dict(resolution=0, whole=True, noise=0.0, augment=True, size='nano', layer_scale=0.1,
+                 batch=16, micro_batch=16, steps=800, lr=3e-3, warmup_epochs=0.5)}
+
+
+def check(options, height, width):
+    """Raise ValueError if the options, or fields of this size, will not do."""
+    if options.size not in SIZES:
+        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
+    at_least(options, 0, 'width', 'depth', 'heads')
+    if height % 16 or width % 16:
+        raise ValueError(f'MPP needs sides divisible by 16, not {height} x {width}: choose another --resolution or '
+                         f'--crop')
+
+
+def build(options, inputs):
+    own = options.width, options.depth, options.heads
+    size = tuple(mine or default for mine, default in zip(own, SIZES[options.size]))
+    return MPP(inputs.channels, inputs.periodic, size, options.official_state_map, options.layer_scale)
 
 # The published models know twelve states: 0 the height of shallow water; 1 2 3 velocity and particles of
 # incompressible flow; 4 5 a reaction's activator and inhibitor; 6 7 8 9 velocity, density and pressure of
@@ -286,14 +327,9 @@ class MPP(nn.Module):
             return self.encoder.decode(z[:, -1], mean, std)
 
     def features(self, x):
-        """The encoder's tokens of the last time step, to fine-tune: (B, C, 16, H, W) -> (B, N = H/16 * W/16, D)."""
+        """The encoder's tokens of the last time step: (B, C, 16, H, W) -> (B, N = H/16 * W/16, D)."""
         with torch.autocast(x.device.type, enabled=False):
             return self.encoder(x)[0][:, -1].flatten(2).transpose(1, 2)
-
-    @torch.no_grad()
-    def embed(self, x):
-        """The same tokens, frozen, for the probes."""
-        return self.features(x)
 
 
 def load_published(model, path):
@@ -303,24 +339,11 @@ def load_published(model, path):
     stays as initialised, as in the official script. Raises ValueError, naming file and key, for a file that is
     unreadable, would run code, or is not this model's, of which nothing is loaded then.
     """
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                                               # pickle, zip and io errors of many kinds
-        raise ValueError(f'{path} cannot be read ({type(e).__name__}): it is missing, cut short, or not a file of '
-                         f'plain tensors') from None
-    state = state.get('model_state', state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError(f'{path} holds no state dict, bare or under model_state')
-    if all(k.startswith('module.') for k in state):
-        state = {k.removeprefix('module.'): v for k, v in state.items()}
+    state = published_state(path, 'model_state')
     own, new = model.encoder.state_dict(), {}                            # new: columns the file does not have
     for k, axis in STATE_AXIS.items():
         own[k], new[k] = own[k].tensor_split([KNOWN], axis)
-    for k in sorted(own.keys() | state.keys()):
-        if k not in state or k not in own or own[k].shape != state[k].shape:
-            raise ValueError(f'{path} is not this MPP model: {k} is '
-                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
-                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+    check_state(own, state, path)
     if model.encoder.new_embedding:
         state |= {k: own[k] for k in ('space_bag.weight', 'space_bag.bias')}
     state |= {k: torch.cat([state[k], new[k].to(state[k])], axis) for k, axis in STATE_AXIS.items()}

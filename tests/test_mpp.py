@@ -1,4 +1,4 @@
-"""The MPP baseline: python -m pytest test_mpp.py."""
+"""baselines/mpp.py: the official model, states by name, published checkpoints."""
 import math
 import re
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from baselines.mpp import MPP, SIZES, distance_buckets, load_published, normalised_mse, state_indices
 from probe import AttentiveProbe
-from test_all import PARITY, both_dtypes, check_parity, fill, inputs
+from helpers import PARITY, both_dtypes, check_parity, fill, inputs
 
 ACTIVE_MATTER = ['concentration', 'velocity_x', 'velocity_y',
                  'D_xx', 'D_xy', 'D_yx', 'D_yy', 'E_xx', 'E_xy', 'E_yx', 'E_yy']
@@ -148,9 +148,9 @@ def test_channel_order_does_not_matter():
     other.load_state_dict(one.state_dict())
     official.load_state_dict(one.state_dict())
     x = torch.randn(1, 4, 3, 64, 64, dtype=torch.float64)
-    assert torch.allclose(one.embed(x), other.embed(x[:, order]), atol=1e-9)
+    assert torch.allclose(one.features(x), other.features(x[:, order]), atol=1e-9)
     assert torch.allclose(one.predict(x)[:, order], other.predict(x[:, order]), atol=1e-9)
-    assert not torch.allclose(one.embed(x), official.embed(x[:, order]), atol=1e-3)
+    assert not torch.allclose(one.features(x), official.features(x[:, order]), atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_mpp_features_and_embedding_are_the_last_time_step():
     model, x = tiny(), torch.randn(2, 4, 16, 64, 96)
     tokens = model.features(x)
     assert tokens.shape == (2, 24, 16) and tokens.requires_grad
-    assert not model.embed(x).requires_grad and torch.equal(model.embed(x), tokens)
+    assert torch.equal(model.features(x), tokens)
     model.predict(x)
     assert model.embedding.shape == (2, 16, 4, 6) and not model.embedding.requires_grad
     assert torch.equal(model.embedding.flatten(2).transpose(1, 2), tokens)
@@ -223,7 +223,7 @@ def test_mpp_stays_in_full_precision_under_autocast():
     ((1, 3, 16, 64, 64), 'takes 4 channels'), ((1, 4, 16, 16, 16), 'two or more patches')])
 def test_mpp_refuses_fields_it_cannot_take(shape, message):
     with pytest.raises(ValueError, match=message):
-        tiny().embed(torch.zeros(shape))
+        tiny().features(torch.zeros(shape))
 
 
 @pytest.mark.parametrize('size, message', [('XL', 'choose from Ti, S, B, L'), ((18, 1, 3), 'width 18'),
@@ -345,7 +345,8 @@ def test_unreadable_published_files_are_refused(tmp_path, fault, zipped):
         file.unlink()
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match='state dict' if fault == 'list' else 'cannot be read') as e:
+    says = {'list': 'state dict', 'absent': 'No such file'}.get(fault, 'is not a checkpoint')
+    with pytest.raises(FileNotFoundError if fault == 'absent' else ValueError, match=says) as e:
         load_published(model, file)
     assert str(file) in str(e.value) and '\n' not in str(e.value)
     assert not trap.exists()

@@ -1,5 +1,5 @@
 """
-Tests of baselines/disco.py. testdata/parity_disco.npz is laid out like parity_jepa.npz (see test_all.py).
+baselines/disco.py: the official model, its integrator and operator, published checkpoints and latents.
 """
 import math
 import pickle
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from baselines import disco
-from baselines.disco import DISCO, WELL, bosh3, load_official, read_latents, standardize
-from test_all import PARITY, both_dtypes, check_parity, filled, inputs
+from baselines.disco import DISCO, WELL, bosh3, load_published, read_latents, standardize
+from helpers import PARITY, both_dtypes, check_parity, filled, inputs
 
 TINY = dict(dim=32, blocks=2, heads=2, patch=8, hidden=16, width=4, layer_scale=1.0, max_steps=2)
 SMALL = dict(dim=96, blocks=2, heads=6, hidden=32)
@@ -46,8 +46,9 @@ def test_disco_is_the_official_one(case, dataset, states, shape, size):
             y, _, _, z = model.next_frame(x)
             theta = model.theta(z)
             last = standardize(standardize(x, 2)[0][:, :, -1], 2)[0]
-            check_parity(case, theta_latent=model.embed(x)[:, 0], theta=theta, prediction=y, theta_norm=bound.to(dtype),
-                         prediction_denormalised=model.predict(x), opnn_rhs_at_t0=model.derivative(last, theta))
+            check_parity(case, theta_latent=model.features(x)[:, 0], theta=theta, prediction=y,
+                         theta_norm=bound.to(dtype), prediction_denormalised=model.predict(x),
+                         opnn_rhs_at_t0=model.derivative(last, theta))
 
 
 @both_dtypes
@@ -102,10 +103,10 @@ def test_channels_are_known_by_name():
     ours.load_state_dict(theirs.state_dict())
     x, target = (v.double() for v in windows('shear_flow'))
     there, back = [1, 2, 0, 3], [2, 0, 1, 3]
-    assert torch.allclose(ours.embed(x[:, there]), theirs.embed(x), atol=1e-12)
+    assert torch.allclose(ours.features(x[:, there]), theirs.features(x), atol=1e-12)
     assert torch.allclose(ours.predict(x[:, there])[:, back], theirs.predict(x), atol=1e-12)
     assert torch.allclose(ours(x[:, there], target[:, there])['loss'], theirs(x, target)['loss'], atol=1e-12)
-    assert not torch.allclose(ours.embed(x), theirs.embed(x), atol=1e-3)
+    assert not torch.allclose(ours.features(x), theirs.features(x), atol=1e-3)
 
 
 @pytest.mark.parametrize('wrong', [{'dataset': 'shear'}, {'channels': ('tracer', 'pressure', 'u', 'v')}, {'patch': 32}])
@@ -123,7 +124,7 @@ def test_sizes_that_do_not_fit_are_refused(shape):
 def test_three_dimensional_data_runs():
     x = torch.randn(1, 7, 2, 32, 32, 32)
     model = DISCO('mhd', **{**TINY, 'max_steps': 1})
-    assert model.embed(x).shape == (1, 1, 32) and model.predict(x).shape == (1, 7, 32, 32, 32)
+    assert model.features(x).shape == (1, 1, 32) and model.predict(x).shape == (1, 7, 32, 32, 32)
 
 
 def test_integrator_is_of_third_order():
@@ -160,7 +161,7 @@ def test_loss_is_discos_likelihood_up_to_a_constant():
     nll = F.gaussian_nll_loss(prediction, truth, variance, eps=1e-8)
     assert torch.allclose(loss, 2 * nll - variance.log().mean(), atol=1e-10)
     assert model.embedding.shape == (2, 32, 1, 1) and not model.embedding.requires_grad
-    assert torch.allclose(model.embedding[:, :, 0, 0], model.embed(context)[:, 0], atol=1e-10)
+    assert torch.allclose(model.embedding[:, :, 0, 0], model.features(context)[:, 0], atol=1e-10)
 
 
 @pytest.mark.parametrize('dataset', ['active_matter', 'rayleigh_benard'])
@@ -177,14 +178,12 @@ def test_gradient_reaches_every_parameter(dataset):
             assert p.grad.abs().max() > 1e-9 or hidden.search(name), name
 
 
-def test_features_are_differentiable_and_embed_is_not():
+def test_features_are_differentiable():
     model, (context, _) = DISCO('active_matter', **TINY), windows()
     z = model.features(context)
     assert z.shape == (2, 1, 32) and z.requires_grad
     z.square().sum().backward()
     assert all(p.grad is not None for p in model.hpnn.parameters() if p.requires_grad)
-    tokens = model.embed(context)
-    assert torch.allclose(tokens, z, atol=1e-5) and not tokens.requires_grad
 
 
 def test_generated_weights_stay_in_bounds():
@@ -244,7 +243,7 @@ def published(model, form):
 def test_disco_checkpoints_load(tmp_path, form):
     theirs, ours = DISCO('shear_flow', **TINY), DISCO('shear_flow', **TINY)
     torch.save(published(theirs, form), tmp_path / 'ckpt.tar')
-    load_official(ours, tmp_path / 'ckpt.tar')
+    load_published(ours, tmp_path / 'ckpt.tar')
     for k, v in theirs.state_dict().items():
         assert torch.equal(v, ours.state_dict()[k]), k
 
@@ -278,7 +277,7 @@ def test_other_files_are_refused(tmp_path, fault, monkeypatch):
     elif fault == 'plain pickle':
         path.write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError) as error:
-        load_official(model, path)
+        load_published(model, path)
     assert '\n' not in str(error.value) and 'ckpt.tar' in str(error.value) and not Path('executed').exists()
     assert (key in str(error.value)) == (fault in ('missing', 'unknown', 'width'))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,248 @@
+"""
+What every script shares: flags from dataclasses, errors in one line, devices, ranks, files, locks, progress.
+
+Imported before torch, whose memory settings it makes.
+"""
+import os
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')                       # huge pages for CPU tensors, read by torch
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import io
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+FRAMES = 16                 # of context, and as many of target
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))     # torchrun sets them
+
+
+# ---------------------------------------------------------------------------------------------
+# flags
+
+def option(default, help='', group='model', bare=None):
+    """A dataclass field that becomes a flag, with dashes for underscores. bare: its value when given alone."""
+    return dataclasses.field(default=default, metadata={'help': help, 'group': group, 'bare': bare})
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags from dataclasses. Bad ones raise ValueError; there are no abbreviations."""
+
+    def __init__(self, description, **settings):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **settings)
+        self.titled = {}                                                 # groups
+
+    def add_dataclass(self, cls, defaults=None):
+        """A flag for every field, in the groups of its `option`s. `defaults`: what --help shows in place of the own.
+
+        Fields are bool, int, float, str or tuple (numbers, with commas between). A flag that is not given is absent.
+        """
+        for f in dataclasses.fields(cls):
+            title, kind = f.metadata.get('group', 'model'), KINDS.get(f.type, f.type)
+            if title not in self.titled:
+                self.titled[title] = self.add_argument_group(title)
+            value = (defaults or {}).get(f.name, f.default)
+            shown = ','.join(map(str, value)) if isinstance(value, tuple) else value
+            bare = True if f.type is bool else f.metadata.get('bare')
+            about = f.metadata.get('help', '') + ('' if shown in ('', None) else f' (default: {shown})')
+            self.titled[title].add_argument('--' + f.name.replace('_', '-'), type=kind, default=argparse.SUPPRESS,
+                                            metavar=kind.__name__.upper(), help=about.replace('%', '%%').strip(),
+                                            **(dict(nargs='?', const=bare) if bare is not None else {}))
+
+    def error(self, message):
+        raise ValueError(f'{message}; python {self.prog} --help lists the flags')
+
+
+def boolean(text):
+    if text.lower() not in ('true', 'false'):
+        raise ValueError(text)
+    return text.lower() == 'true'
+
+
+def number(text):
+    """A finite float: neither nan nor inf is a setting."""
+    if not math.isfinite(float(text)):
+        raise ValueError(text)
+    return float(text)
+
+
+def numbers(text):
+    return tuple(int(v) if v.strip().lstrip('+-').isdigit() else number(v) for v in text.split(','))
+
+
+KINDS = {bool: boolean, float: number, tuple: numbers}
+
+
+def at_least(settings, low, *names):
+    """Raise ValueError if one of these fields of a dataclass is under `low`."""
+    for name in names:
+        if getattr(settings, name) < low:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least {low}, not {getattr(settings, name)}')
+
+
+def script(main):
+    """Decorate a script's main(): what a user can mend ends in one line and exit code 2, without a traceback."""
+    @functools.wraps(main)
+    def wrapped(*args):
+        keep_freed_memory()
+        try:
+            return main(*args)
+        except (ValueError, OSError, FloatingPointError) as e:
+            note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
+            if RANK > 0:                                                 # the first rank says it, if it can
+                time.sleep(3)
+            print(f'error: {" ".join(str(e).split())}{note}', file=sys.stderr, flush=True)
+            sys.exit(2)
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------
+# machine
+
+def pick_device(name):
+    """'cuda' or 'cpu'; `auto` is the first of them that is there. Raises ValueError for what is not."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name not in ('cpu', 'cuda') or name == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device {name!r} is not to be had here: --device cpu always is')
+    return name
+
+
+def say(*words):
+    """Print, on the first rank only."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def peak_memory():
+    """Peak memory of this process in GB: the GPU's if it uses one, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed blocks for reuse: giving them back costs a third of a training step on CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        for parameter, value in (-4, 0), (-1, 2**31 - 1), (-2, 2**28):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(parameter, value)
+
+
+def git_hash():
+    try:
+        return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+class Progress(tqdm):
+    """tqdm's bar on a terminal; in a log file a plain line every five seconds, none for what takes less than one."""
+
+    def __init__(self, work, desc, unit, **settings):
+        """`work`: how much there is to do, or the things to iterate over."""
+        settings |= dict(total=work) if isinstance(work, int) else dict(iterable=work)
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            settings |= dict(mininterval=5, delay=1, bar_format='{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} '
+                                                                'so far, {remaining} to go{postfix}')
+        super().__init__(desc=desc, unit=unit, **settings)
+
+    @staticmethod
+    def status_printer(file):
+        return tqdm.status_printer(file) if file.isatty() else lambda line: line and print(line, file=file, flush=True)
+
+    def close(self):
+        if self.plain and not self.disable:
+            if time.time() > self.start_t + self.delay:
+                self.refresh()                                           # the last line
+            self.leave, self.fp = False, io.StringIO()                   # and no empty one after it
+        super().close()
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+def data_folder(flag):
+    """The folder of datasets: the flag's, else $THE_WELL_DATA_DIR, else data."""
+    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or 'data')
+
+
+def write_bytes(path, content):
+    """A file that is complete or not there at all."""
+    part = path.with_name(path.name + '.part')
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_tensors(path, state):
+    """A file of plain types and tensors, complete or not there at all."""
+    part = path.with_name(path.name + '.part')
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def read_tensors(path, safe=()):
+    """The dict in a torch.save file of plain types, tensors and classes in `safe`; never runs code from it.
+
+    Raises ValueError in one line for any other file, OSError for one that is not there.
+    """
+    try:
+        with torch.serialization.safe_globals(list(safe)):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception:                                                    # pickle, zip and io errors of many kinds
+        raise ValueError(f'{path} is not a checkpoint: it is cut short, or holds more than plain tensors') from None
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} is not a checkpoint: it holds a {type(state).__name__}, no state dict')
+    return state
+
+
+def published_state(path, under='', safe=()):
+    """A published state dict, bare or `under` a key of the file, without the 'module.' that DDP puts before names."""
+    state = read_tensors(path, safe)
+    state = state.get(under, state)
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f'{path} holds no state dict' + (f', bare or under {under}' if under else ''))
+    wrapped = all(str(k).startswith('module.') for k in state)
+    return {str(k).removeprefix('module.' if wrapped else ''): v for k, v in state.items()}
+
+
+def check_state(own, state, path):
+    """Raise ValueError, naming the first such key, if `state` lacks one of `own`, or has another or another shape."""
+    for k in sorted(own.keys() | state.keys()):
+        if k not in state or k not in own or own[k].shape != state[k].shape:
+            raise ValueError(f'{path} is of another model: {k} is '
+                             f'{tuple(state[k].shape) if k in state else "missing"} there, '
+                             f'{tuple(own[k].shape) if k in own else "unknown"} here')
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Other processes that want the same folder wait for this one; where folders cannot be locked, nobody does."""
+    lock = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -1,0 +1,210 @@
+"""
+What a model is, and a trained one from Python:
+
+    from model import load_run
+    model = load_run('out/active_matter-jepa-nano-seed0')
+    tokens = model.embed(x)              # raw fields (B, C, 16, H, W) as in the files -> tokens (B, N, D)
+
+A model is one file, NAME.py here or in baselines/, found by its name; nothing lists it. It needs
+
+    Options                     a dataclass; its fields become flags (common.option gives them a help text)
+    build(options, inputs)      -> a network, for the `Inputs` below
+
+and the network is a module with forward(context, target, generator) -> {'loss': ..., other terms to log}, context and
+target (B, C, 16, H, W) each, all randomness from `generator`; and with an `encoder` (B, C, 16, H, W) -> (B, D, ...)
+or tokens (B, N, D), or else features(x) -> tokens. Everything else has a default:
+
+    in the file     TITLE, its name in tables; PRESETS, {'paper' | 'nano' | (preset, system): {setting: value}}, of
+                    Options and train.Config alike; PAPER, {system: published error} and PAPER_FINETUNED; TERMS,
+                    {term: its name in pictures}; MLP_RATIO of its attentive probe; ANY_SIZE, if it may be probed
+                    on larger fields than it was trained on (else these are tiled); check(options, height, width),
+                    which raises ValueError for what will not do; load_published(network, path), for --init
+    in the network  after_step(), called when the optimizer has stepped (an EMA teacher moves here); `embedding`,
+                    the last one, (B, D, ...), for the log (else what the encoder gave)
+"""
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from common import FRAMES, check_state, pick_device, read_tensors        # first: it makes torch's memory settings
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+HERE = Path(__file__).resolve().parent
+DEFAULT = 'jepa'
+NEEDED = {'model', 'optimizer', 'step', 'steps', 'seconds', 'samples', 'config', 'options', 'inputs', 'labels',
+          'label_mean', 'label_std', 'mean', 'std'}                      # in a checkpoint
+
+
+@dataclass
+class Inputs:
+    """What a network is built for."""
+    system: str             # name of the dataset
+    channels: list          # names
+    periodic: tuple         # is the field it is trained on periodic along (x, y)?
+    size: tuple             # (H, W) of the fields it is trained on
+    paired: bool = True     # do context and target show the same place?
+    published: bool = False                                              # will published weights be loaded into it?
+
+
+def find_model(name):
+    """The module of a model, by its name. Raises ValueError if no file defines it."""
+    where = {'baselines.' + name: HERE / 'baselines' / f'{name}.py', name: HERE / f'{name}.py'}
+    found = [module for module, path in where.items() if name.isidentifier() and is_model(path)]
+    if not found:
+        raise ValueError(f'unknown model {name!r}: a model is a file {name}.py, here or in baselines/, with Options '
+                         f'and build(); there are {", ".join(model_names())}')
+    return importlib.import_module(found[0])
+
+
+def is_model(path):
+    return path.is_file() and all(word in path.read_text() for word in ('\nclass Options', '\ndef build('))
+
+
+def model_names():
+    """Names of the models that have a file."""
+    return sorted(path.stem for folder in (HERE, HERE / 'baselines') for path in folder.glob('*.py') if is_model(path))
+
+
+def title(name):
+    """A model's name in tables."""
+    return getattr(find_model(name), 'TITLE', name)
+
+
+class Model(nn.Module):
+    """A network and what happens to raw fields before they reach it.
+
+    mean, std: of each channel, (C,). `embed` and `features` take raw fields and return tokens.
+    """
+
+    def __init__(self, network, inputs, mean, std, any_size=False, dtype='float32'):
+        super().__init__()
+        self.network = network.double() if dtype == 'float64' else network
+        self.inputs, self.any_size, self.mixed = inputs, any_size, dtype == 'bfloat16'
+        real = torch.float64 if dtype == 'float64' else torch.float32
+        for name, values in ('mean', mean), ('std', std):
+            self.register_buffer(name, torch.as_tensor(values, dtype=real).view(-1, 1, 1, 1))
+        self.seen = None                                                 # what the encoder gave last
+        if hasattr(network, 'encoder'):
+            network.encoder.register_forward_hook(self.remember)
+
+    def remember(self, encoder, x, z):
+        self.seen = z.detach() if torch.is_tensor(z) and not hasattr(self.network, 'embedding') else None
+
+    def normalise(self, x):
+        """Raw fields (B, C, T, H, W) -> what the network is given, on its device."""
+        return (x.to(self.mean.device, self.mean.dtype, non_blocking=True) - self.mean) / self.std
+
+    def autocast(self):
+        """What the network computes in: bfloat16 where its run did."""
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.mixed)
+
+    @property
+    def embedding(self):
+        """Of the last training step, (B, D, ...), or None."""
+        z = getattr(self.network, 'embedding', self.seen)
+        return z.transpose(1, 2) if z is not None and z.ndim == 3 else z
+
+    def features(self, x):
+        """Raw fields (B, C, 16, H, W) -> tokens (B, N, D), with gradients.
+
+        A network bound to the size it was trained on sees larger fields as tiles of that size, evenly spaced and
+        overlapping if they must; N counts the tokens of all. Raises ValueError for other channels, frames or sizes.
+        """
+        (h, w), names = self.inputs.size, self.inputs.channels
+        if x.ndim != 5 or x.shape[1] != len(names) or x.shape[2] != FRAMES or not self.any_size and (
+                x.shape[3] < h or x.shape[4] < w):
+            least = '' if self.any_size else f', at least {h} x {w}'
+            raise ValueError(f'embed takes fields (B, {len(names)}, {FRAMES}, H, W) of the channels '
+                             f'{", ".join(names)}{least}; not {tuple(x.shape)}')
+        x = self.normalise(x)
+        with self.autocast():
+            if self.any_size:
+                return self.tokens(x)
+            return torch.cat([self.tokens(x[..., i:i + h, j:j + w]) for i in tile_starts(x.shape[3], h)
+                              for j in tile_starts(x.shape[4], w)], 1)
+
+    def tokens(self, x):
+        """Normalised fields -> tokens (B, N, D)."""
+        if hasattr(self.network, 'features'):
+            return self.network.features(x)
+        z = self.network.encoder(x)
+        return z if z.ndim == 3 else z.flatten(2).transpose(1, 2) if z.ndim > 3 else z[:, None]
+
+    @torch.no_grad()
+    def embed(self, x):
+        """Raw fields (B, C, 16, H, W) -> tokens (B, N, D), frozen."""
+        return self.features(x)
+
+
+def tile_starts(length, tile):
+    """Where tiles start that cover a side: evenly spaced, as few as will do."""
+    return np.linspace(0, length - tile, ceil(length / tile)).round().astype(int).tolist()
+
+
+def build_model(name, options, inputs, mean, std, seed=0, dtype='float32'):
+    """The Model `name` for these inputs, freshly initialised from its seed."""
+    module = find_model(name)
+    torch.manual_seed(seed)
+    return Model(module.build(options, inputs), inputs, mean, std, getattr(module, 'ANY_SIZE', False), dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints
+
+def checkpoint_of(path):
+    """The checkpoint file of a run: itself, or the one in its folder."""
+    return Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
+
+
+def load_checkpoint(path):
+    """A checkpoint dict written by train.py. Raises ValueError for any other file; never runs code from it."""
+    try:
+        state = read_tensors(path)
+    except FileNotFoundError:
+        raise ValueError(f'no checkpoint at {path}: train one with python train.py') from None
+    if not NEEDED <= state.keys():
+        raise ValueError(f'{path} is not a checkpoint of this version of train.py: it has no '
+                         f'{", ".join(sorted(NEEDED - state.keys()))}; train again')
+    channels = state['inputs']['channels']
+    if not len(state['mean']) == len(state['std']) == len(channels):
+        raise ValueError(f'{path} is damaged: mean and std of {len(state["mean"])} and {len(state["std"])} channels, '
+                         f'not {len(channels)}')
+    return state
+
+
+def restore(model, state, path):
+    """Load a checkpoint's weights into a Model; ValueError if they belong to another one."""
+    check_state(model.network.state_dict(), state['model'], path)
+    model.network.load_state_dict(state['model'])
+
+
+def load_run(path, device='auto', trained=True):
+    """The Model of a run of train.py, to `embed` with. path: its folder, or a checkpoint file.
+
+    Not `trained`: as it was initialised. Raises ValueError if there is no such checkpoint.
+    """
+    path = checkpoint_of(path)
+    return model_of(load_checkpoint(path), path, device, trained)
+
+
+def model_of(state, path, device='auto', trained=True):
+    """The Model in a checkpoint dict that was read from `path`."""
+    module, c = find_model(state['config']['model']), state['config']
+    try:
+        options, inputs = module.Options(**state['options']), Inputs(**state['inputs'])
+    except TypeError as e:                                               # a setting that has been renamed since
+        raise ValueError(f'{path} was written by another version of {c["model"]}.py ({e})') from None
+    model = build_model(c['model'], options, inputs, state['mean'], state['std'], c['seed'], c['dtype'])
+    if trained:
+        restore(model, state, path)
+    return model.to(pick_device(device)).eval()
+
+
+def settings_of(cls, resolved):
+    """A dataclass of those of the resolved settings that it has."""
+    return cls(**{f.name: resolved[f.name] for f in dataclasses.fields(cls) if f.name in resolved})

@@ -1,0 +1,46 @@
+"""
+Does everything run? The whole pipeline in a minute: python smoke.py [--data NAME] [--model NAME]
+
+Simulates a miniature of the nano data, trains twenty steps, evaluates and draws, in a temporary folder that is
+removed again. The numbers in its table mean nothing.
+"""
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import Parser, option, script
+
+import eval as evaluation
+import model as models
+import simulate
+import systems
+import train
+
+
+@dataclass
+class Settings:
+    data: str = option(systems.DEFAULT, 'system: ' + ', '.join(systems.system_names()), 'what')
+    model: str = option(models.DEFAULT, ', '.join(models.model_names()), 'what')
+
+
+@script
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_dataclass(Settings)
+    args = Settings(**vars(parser.parse_args(argv)))
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for step, flags in ((simulate, [args.data, '--preset', 'smoke', '--data-dir', 'data']),
+                                (train, ['--data', args.data, '--model', args.model, '--data-dir', 'data']),
+                                (evaluation, ['--epochs', '10', '--data-dir', 'data'])):
+                print(f'\n$ python {Path(step.__file__).name} {" ".join(flags)}', flush=True)
+                step.main(flags)
+        finally:
+            os.chdir(here)
+
+
+if __name__ == '__main__':
+    main()

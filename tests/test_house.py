@@ -1,0 +1,117 @@
+"""A model is one file, a system is one file: each is added here without touching anything else."""
+import ast
+import json
+import shutil
+
+import h5py
+import numpy as np
+import torch
+
+import train
+from helpers import BASE, HERE, TINY, refused, run
+from model import load_checkpoint, model_names
+from systems import system_names
+
+SOURCES = [p for p in sorted(HERE.rglob('*.py')) if not {'.venv', 'venv', 'data', 'out'} & set(p.parts)]
+
+
+def test_a_model_is_one_file(well, tmp_path):
+    """byol.py beside the others: it trains, its teacher moves, it is evaluated, tabled and drawn."""
+    house = tmp_path / 'house'
+    house.mkdir()
+    for path in [*HERE.glob('*.py'), HERE / 'baselines', HERE / 'systems']:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, house / path.name)
+    shutil.copy(HERE / 'tests' / 'byol.py', house)
+    at = lambda script: [house / script]
+    flags = [*BASE, '--model', 'byol', '--data-dir', well, '--width', 8, '--steps', 6]
+    assert '--momentum' in run(at('train.py'), '--model', 'byol', '--help', cwd=tmp_path).stdout
+    run(at('train.py'), *flags, '--out', 'out/start', '--steps', 0, cwd=tmp_path)
+    said = run(at('train.py'), *flags, '--out', 'out/byol', cwd=tmp_path).stdout
+    assert 'momentum 0.9' in said and 'width 8' in said
+    rows = [json.loads(line) for line in (tmp_path / 'out/byol/log.jsonl').read_text().splitlines()]
+    assert len(rows) == 6 and all(1 <= row['embedding_rank'] <= 8 for row in rows)
+    before, after = (load_checkpoint(tmp_path / 'out' / name / 'ckpt.pt')['model'] for name in ('start', 'byol'))
+    student, teacher, first = after['encoder.0.weight'], after['teacher.0.weight'], before['teacher.0.weight']
+    assert torch.equal(first, before['encoder.0.weight'])
+    assert 0 < (teacher - first).norm() < 0.6 * (student - first).norm()           # it follows, and lags behind
+    shutil.rmtree(tmp_path / 'out/start')
+    assert '\nbyol ' in run(at('eval.py'), '--epochs', 1, '--stride', 16, cwd=tmp_path).stdout
+    result = json.loads((tmp_path / 'out/byol/eval.json').read_text())
+    assert list(result['rows']) == ['byol', 'random init', 'field statistics', 'predict the mean']
+    assert '4 tiles of 16 x 16' in result['field']                       # the whole field, like every other model
+    row = next(line for line in run(at('eval.py'), '--all', cwd=tmp_path).stdout.splitlines() if line[:5] == 'byol ')
+    assert f' {result["rows"]["byol"]["attentive"]["mean"]:.3f} | -' in row
+    run(at('plot.py'), '--data-dir', well, '--out', 'pictures', cwd=tmp_path)
+    assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png'}
+    assert not refused(at('train.py'), *flags, '--widths', '4,4,8,8,8', cwd=tmp_path, words=['--widths'])
+
+
+def write_gray_scott(folder, runs=2, frames=34, n=128):
+    """Two scalar fields, other scalars, a wall in y, as The Well has them."""
+    root, rng = folder / 'gray_scott_like', np.random.default_rng(0)
+    for split in 'train', 'valid', 'test':
+        (root / 'data' / split).mkdir(parents=True)
+        for feed in 0.014, 0.058:
+            with h5py.File(root / 'data' / split / f'gray_scott_F_{feed}.hdf5', 'w') as f:
+                f.create_group('dimensions').attrs['spatial_dims'] = ['x', 'y']
+                for axis, values in ('time', np.arange(frames)), ('x', np.arange(n) / n), ('y', np.arange(n) / n):
+                    f['dimensions'][axis] = values.astype(np.float32)
+                for axis, kind in ('x', 'PERIODIC'), ('y', 'WALL'):
+                    b = f.create_group(f'boundary_conditions/{axis}_{kind.lower()}')
+                    b.attrs.update(bc_type=kind, associated_dims=[axis])
+                for name, value in ('F', feed), ('k', 0.05 + feed / 10), ('D', 2.0):
+                    f[f'scalars/{name}'] = value
+                for name in 'A', 'B':
+                    f[f't0_fields/{name}'] = feed + rng.random((runs, frames, n, n), np.float32)
+                f.create_group('t1_fields'), f.create_group('t2_fields')
+    return root
+
+
+def test_a_dataset_needs_no_file(tmp_path):
+    """In The Well's format, under a name nobody knows: trained on, evaluated, kept and drawn."""
+    write_gray_scott(tmp_path / 'data')
+    c, _, _ = train.parse(['--data', 'gray_scott_like', '--data-dir', str(tmp_path / 'data')])
+    assert (c.preset, c.resolution, c.crop) == ('paper', 0, 0)           # its own resolution
+    flags = [*TINY, '--data', 'gray_scott_like', '--resolution', 0, '--steps', 3, '--stride', 2, '--out', 'out/a']
+    assert 'labels F, k' in run('train.py', *flags, cwd=tmp_path).stdout
+    assert load_checkpoint(tmp_path / 'out/a/ckpt.pt')['inputs']['channels'] == ['A', 'B']
+    run('train.py', *flags, '--crop', 0, '--steps', 0, '--out', 'whole', cwd=tmp_path)
+    assert load_checkpoint(tmp_path / 'whole/ckpt.pt')['inputs']['periodic'] == (True, False)
+    said = run('eval.py', 'out/a', '--epochs', 1, '--stride', 2, '--save-embeddings', 'kept.npz', cwd=tmp_path).stdout
+    assert 'field statistics: none' in said and '128 x 128' in said
+    result = json.loads((tmp_path / 'out/a/eval.json').read_text())
+    assert list(result['rows']) == ['JEPA', 'random init', 'predict the mean'] and result['labels'] == ['F', 'k']
+    assert 'gray_scott_like' in run('eval.py', '--all', '--epochs', 1, '--stride', 2, cwd=tmp_path).stdout
+    run('plot.py', 'out/a', '--out', 'pictures', cwd=tmp_path)
+    run('plot.py', '--embeddings', 'kept.npz', '--out', 'pictures', cwd=tmp_path)
+    assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png',
+                                                                  'embeddings.png'}
+    kept = np.load(tmp_path / 'kept.npz')
+    assert kept['embedding'].shape == (24, 8) and kept['labels'].shape == (24, 2)
+    assert kept['label_names'].tolist() == ['F', 'k'] and set(kept['labels'][:, 0].round(3)) == {0.014, 0.058}
+    assert set(zip(kept['split'], kept['run'])) == {(s, r) for s in ('train', 'valid', 'test') for r in range(4)}
+
+
+def test_no_model_or_system_is_named_where_any_may_come():
+    names = [*model_names(), *system_names()]
+    assert len(names) >= 7
+    for path in 'train.py', 'eval.py', 'plot.py', 'data.py':
+        words = set((HERE / path).read_text().replace('.', ' ').replace("'", ' ').replace('/', ' ').split())
+        assert not words & {w for name in names for w in (name, name + ',')}, path
+
+
+def test_every_file_is_read_in_one_sitting():
+    """At most 450 lines a file, and 70 a function; tests may not be longer than what they test."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert text.count('\n') <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 70, f'{path}: {node.name}'
+
+
+def test_readme_names_every_file():
+    """The map in README.md has each script, and no other."""
+    readme = (HERE / 'README.md').read_text()
+    for path in [*HERE.glob('*.py'), *HERE.glob('baselines/*.py'), *HERE.glob('systems/[a-z]*.py')]:
+        assert path.name in readme or path.name == 'conftest.py', path

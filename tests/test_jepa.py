@@ -1,0 +1,109 @@
+"""jepa.py: the official network and step, its checkpoints, and what nano adds to the paper's objective."""
+import re
+
+import pytest
+import torch
+
+from helpers import PARITY, both_dtypes, check_parity, fill, inputs
+from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_published
+
+
+@both_dtypes
+@pytest.mark.parametrize('case, network, shape, size', [
+    ('jepa_encoder', lambda: Encoder(11), (2, 11, 16, 32, 32), 2_468_720),
+    ('jepa_encoder_4ch', lambda: Encoder(4), (1, 4, 16, 48, 32), 2_466_928),
+    ('jepa_predictor', lambda: Predictor(128), (2, 128, 4, 4), 801_664)], ids=['encoder', 'encoder-4', 'predictor'])
+def test_network_is_the_official_one(case, network, shape, size, dtype):
+    x, = inputs(dtype, input=shape)
+    network = fill(network(), dtype)
+    with torch.no_grad():
+        check_parity(case, out=network(x))
+    assert sum(p.numel() for p in network.parameters()) == size
+
+
+@both_dtypes
+def test_training_step_is_the_official_one(dtype):
+    """Both encoder passes, predictor, loss, and gradients through both branches."""
+    model = JEPA(4, chunks=1)
+    fill(model, dtype, lambda key: key.split('.', 1)[1])                 # official keys have no encoder., predictor.
+    context, target = inputs(dtype, context=(2, 4, 16, 32, 32), target=(2, 4, 16, 32, 32))
+    losses = model(context, target)
+    losses['loss'].backward()
+    with torch.no_grad():
+        z, z_next = model.encoder(context), model.encoder(target)
+        check_parity('jepa_step', context_embedding=z, target_embedding=z_next, prediction=model.predictor(z))
+    assert torch.allclose(model.embedding, z_next, atol=1e-4)            # what the log's rank is computed from
+    parameters = dict(model.named_parameters())
+    norms = [parameters[k].grad.norm() for k in PARITY['jepa_step/grad_norms/keys']]
+    check_parity('jepa_step', loss=losses['loss'], repr_loss=losses['sim'], std_loss=losses['std'],
+                 cov_loss=losses['cov'], grad_norms=torch.stack(norms))
+
+
+SMALL = {'widths': (2, 2, 4, 4, 8), 'blocks': (1, 1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_official_checkpoints_load(tmp_path, prefix):
+    """As they are, and as DistributedDataParallel names them."""
+    published, model = JEPA(3, **SMALL).encoder, JEPA(3, **SMALL)
+    torch.save({prefix + k: v for k, v in published.state_dict().items()}, tmp_path / 'ConvEncoder_0.pth')
+    load_published(model, tmp_path / 'ConvEncoder_0.pth')
+    for k, v in published.state_dict().items():
+        assert torch.equal(v, model.encoder.state_dict()[k]), k
+
+
+@pytest.mark.parametrize('fault', ['missing', 'extra', 'shape'])
+def test_official_checkpoints_of_another_model_are_refused(tmp_path, fault):
+    model, key = JEPA(3, **SMALL), 'res_blocks.2.0.pwconv1.weight'
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: torch.full_like(v, 7.0) for k, v in model.encoder.state_dict().items()}
+    if fault == 'missing':
+        del state[key]
+    elif fault == 'extra':
+        key = 'head.weight'
+        state[key] = torch.zeros(3)
+    else:
+        state[key] = state[key][:-1]
+    torch.save(state, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=re.escape(key)):
+        load_published(model, tmp_path / 'other.pth')
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())       # not half loaded
+
+
+def test_standardize_settles_the_variance_term():
+    """Whatever the scale of the embedding: the loss's variance term is zero, its invariance term that of z-scores."""
+    model, x = JEPA(3, **SMALL, chunks=1).double(), torch.randn(2, 4, 3, 16, 32, 32, dtype=torch.float64)
+    assert model(*x)['std'] > 0.1
+    model.standardize = True
+    before = model(*x)
+    assert before['std'] < 1e-3 and 0.5 < before['sim'] < 4
+    for block in model.encoder.res_blocks[-1], model.encoder.downsample_layers[-1]:
+        for p in block.parameters():
+            p.data.mul_(5)                                               # rescales the embedding, mostly
+    assert model(*x)['std'] < 1e-3
+
+
+def test_residual_predictor_and_random_partners():
+    """With nothing predicted the residual leaves the context; positions are then compared with themselves or not."""
+    model, x = JEPA(3, **SMALL, residual=True, chunks=1), torch.randn(2, 3, 16, 32, 32)
+    for p in model.predictor.parameters():
+        p.data.zero_()
+    sim = lambda: model(x, x, torch.Generator().manual_seed(0))['sim'].item()
+    assert sim() < 1e-10
+    model.paired = False
+    assert sim() > 1e-3
+
+
+@pytest.mark.parametrize('T', [2, 4, 8, 16])
+def test_depthwise_convolution_is_conv3d(T):
+    """The folded 2-D form gives Conv3d's values and its gradients of input, weight and bias."""
+    torch.manual_seed(T)
+    ours, theirs = DepthwiseConv3d(3).double(), torch.nn.Conv3d(3, 3, 7, padding=3, groups=3).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, T, 6, 5, dtype=torch.float64, requires_grad=True)
+    weigh = torch.randn(2, 3, T, 6, 5, dtype=torch.float64)
+    a, b = ours(x), theirs(x)
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    for g, h in zip(torch.autograd.grad((a * weigh).sum(), [x, ours.weight, ours.bias]),
+                    torch.autograd.grad((b * weigh).sum(), [x, theirs.weight, theirs.bias])):
+        assert torch.allclose(g, h, rtol=0, atol=1e-11)

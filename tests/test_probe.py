@@ -1,0 +1,87 @@
+"""probe.py: the official attentive probe, and planted labels."""
+import math
+
+import torch
+
+import probe
+from helpers import both_dtypes, check_parity, fill, inputs
+
+
+@both_dtypes
+def test_attentive_probe_is_the_official_one(dtype):
+    def official(key):
+        layer, _, rest = key.partition('.')
+        block = 'pooler.cross_attention_block.'
+        layers = {'query': 'pooler.query_tokens', 'norm1': block + 'norm1', 'norm2': block + 'norm2',
+                  'linear': 'linear',
+                  'q': block + 'xattn.q', 'kv': block + 'xattn.kv', 'fc1': block + 'mlp.fc1', 'fc2': block + 'mlp.fc2'}
+        return layers[layer] + (rest and '.' + rest)
+
+    tokens, = inputs(dtype, input=(2, 16, 128))
+    ours = fill(probe.AttentiveProbe(128, 2, mlp_ratio=12.0, heads=8), dtype, official)
+    assert sum(p.numel() for p in ours.parameters()) == 445_314
+    check_parity('attentive_probe', pooled=ours.pool(tokens), out=ours(tokens))
+
+
+def planted(n=200, tokens=4, dim=16, noise=0.1, seed=0):
+    """Splits whose two labels are a linear map of the mean token."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(dim, 2, generator=g)
+    splits = {}
+    for name in 'train', 'valid', 'test':
+        x = torch.randn(n, tokens, dim, generator=g)
+        y = x.mean(1) @ w * math.sqrt(tokens / dim)
+        splits[name] = x, y + noise * torch.randn(n, 2, generator=g)
+    return splits
+
+
+def test_linear_probe_recovers_a_linear_map():
+    splits = planted(noise=0.1)
+    assert (probe.linear(splits) < 1.5 * 0.1**2).all()
+    shuffled = {name: (x, y.flip(0)) for name, (x, y) in splits.items()}
+    assert (probe.linear(shuffled) > 0.5).all()
+
+
+def test_knn_probe_recovers_clusters():
+    g = torch.Generator().manual_seed(0)
+    centers, values = torch.randn(5, 1, 8, generator=g), torch.randn(5, 2, generator=g)
+    splits = {}
+    for name in 'train', 'valid', 'test':
+        which = torch.randint(5, (100,), generator=g)
+        splits[name] = centers[which] + 0.01 * torch.randn(100, 3, 8, generator=g), values[which]
+    assert (probe.knn(splits) < 1e-6).all()
+
+
+def test_attentive_probe_learns_what_the_mean_token_hides():
+    """The label is read from whichever token is marked: attention must find it."""
+    g, splits = torch.Generator().manual_seed(0), {}
+    for name in 'train', 'valid', 'test':
+        x, which = torch.randn(400, 3, 16, generator=g), torch.randint(3, (400,), generator=g)
+        x[:, :, 0] = 3.0 * (torch.arange(3) == which[:, None])
+        splits[name] = x, x[torch.arange(400), which, 1:3]
+    error, size = probe.attentive(splits, epochs=25, lr=1e-2)
+    assert (error < 0.2).all() and (probe.linear(splits) > 0.5).all()
+    assert size == sum(p.numel() for p in probe.AttentiveProbe(16, 2).parameters())
+
+
+def test_probes_choose_on_valid():
+    """The setting kept is the best on valid even where test prefers another."""
+    noisy, clean = planted(n=50, noise=1.0), planted(n=50, noise=0.0)
+    splits = {'train': noisy['train'], 'valid': noisy['train'], 'test': clean['train']}        # valid rewards memory
+    assert torch.equal(probe.knn(splits), probe.knn(splits, ks=(1,)))
+    assert (probe.knn(splits) > probe.knn(splits, ks=(10,))).all()
+    assert torch.equal(probe.linear(splits), probe.linear(splits, strengths=(1e-8,)))
+    x, y = planted()['train']
+    splits = {'train': (x, y), 'valid': (x, -3 * y), 'test': (x, y)}     # valid prefers the untrained: the first epoch
+    error, first = (probe.attentive(splits, epochs=n)[0] for n in (8, 1))
+    assert torch.equal(error, first)
+    assert (probe.attentive({**splits, 'valid': (x, y)}, epochs=8)[0] < first - 0.1).all()
+
+
+def test_uninformative_features_score_like_the_mean():
+    """Labels z-scored by train, features constant: every probe can only predict the mean, and scores 1."""
+    y = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    y = (y - y.mean(0)) / y.std(0, unbiased=False)
+    splits = {name: (torch.ones(300, 2, 8), y) for name in ('train', 'valid', 'test')}
+    assert torch.allclose(probe.linear(splits).float(), torch.ones(2), atol=1e-4)
+    assert torch.allclose(probe.attentive(splits, epochs=5)[0], torch.ones(2), atol=2e-2)

@@ -1,0 +1,223 @@
+"""simulate.py: The Well's format, splits, resuming, and The Well's own reader."""
+import dataclasses
+import re
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import simulate
+from helpers import (ALPHAS, CHANNELS, FLUIDS, GRID, NAME, RUNS, ZETAS, attributes, both_fluids, derivatives, files_of,
+                     linked, make_miniature, make_published, read_bytes)
+from systems import find_system
+
+
+def test_simulated_files_have_the_wells_format(mini):
+    """Every file's name, and every group, dataset, shape, type and attribute of one."""
+    for split in RUNS:
+        assert [p.name for p in files_of(mini, split)] == sorted(NAME.format(z, a) for a in ALPHAS for z in ZETAS)
+    assert not list(mini.rglob('*.part'))
+    T, N, n, constant = 81, GRID, RUNS['train'], {'sample_varying': False, 'time_varying': False}
+    with h5py.File(mini / 'data' / 'train' / NAME.format(9.0, -5.0)) as f:
+        assert set(f) == {'boundary_conditions', 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields'}
+        scalars = {'L': 10.0, 'zeta': 9.0, 'alpha': -5.0}
+        assert attributes(f) == {'dataset_name': 'active_matter', 'grid_type': 'cartesian', 'n_spatial_dims': 2,
+                                 'n_trajectories': n, 'simulation_parameters': list(scalars), **scalars}
+        dims, walls = f['dimensions'], f['boundary_conditions']
+        assert set(dims) == {'time', 'x', 'y'} and attributes(dims) == {'spatial_dims': ['x', 'y']}
+        assert attributes(dims['time']) == {'sample_varying': False}
+        assert np.array_equal(dims['time'], np.arange(T) * 0.25) and set(walls) == {'x_periodic', 'y_periodic'}
+        for axis in 'xy':
+            assert attributes(dims[axis]) == constant and dims[axis].dtype == np.float32
+            assert np.allclose(dims[axis], np.arange(N) * 10 / N)
+            b = walls[axis + '_periodic']
+            assert attributes(b) == {'bc_type': 'PERIODIC', 'associated_dims': [axis], 'associated_fields': [],
+                                     **constant}
+            assert b['mask'].dtype == bool and np.array_equal(b['mask'], [True] + [False] * (N - 2) + [True])
+            assert b['values'].dtype == np.float32 and b['values'].shape == (2,)
+        assert attributes(f['scalars']) == {'field_names': list(scalars)} and set(f['scalars']) == set(scalars)
+        for name, value in scalars.items():
+            assert f['scalars'][name][()] == value and attributes(f['scalars'][name]) == constant
+        for order, names in enumerate((['concentration'], ['velocity'], ['D', 'E'])):
+            group, tensor = f[f't{order}_fields'], {'symmetric': True, 'antisymmetric': False} if order == 2 else {}
+            assert attributes(group) == {'field_names': names} and set(group) == set(names)
+            for name in names:
+                assert attributes(group[name]) == {'dim_varying': [True, True], 'sample_varying': True,
+                                                   'time_varying': True, **tensor}
+                assert group[name].shape == (n, T, N, N) + (2,) * order and group[name].dtype == np.float32
+
+
+def test_simulated_tensors_are_consistent(mini):
+    """trace D = c; D and E symmetric; E traceless and the symmetric gradient of velocity; no two runs share a start."""
+    starts = set()
+    for file in (file for split in RUNS for file in files_of(mini, split)):
+        with h5py.File(file) as f:
+            c, u = f['t0_fields/concentration'][:], f['t1_fields/velocity'][:]
+            D, E = f['t2_fields/D'][:], f['t2_fields/E'][:]
+        assert np.allclose(D[..., 0, 0] + D[..., 1, 1], c, atol=1e-6) and np.abs(c - 1).max() < 1e-2
+        assert np.array_equal(D[..., 0, 1], D[..., 1, 0]) and np.array_equal(E[..., 0, 1], E[..., 1, 0])
+        assert np.array_equal(E[..., 0, 0], -E[..., 1, 1])
+        (u_x, u_y), (v_x, _) = derivatives(u[..., 0]), derivatives(u[..., 1])
+        assert np.allclose(E[..., 0, 0], u_x, atol=1e-4) and np.allclose(E[..., 0, 1], (u_y + v_x) / 2, atol=1e-4)
+        assert np.abs(E[:, 40:]).max() > 1e-3
+        starts |= {start.tobytes() for start in D[:, 0]}
+    assert len(starts) == 4 * sum(RUNS.values())                         # nor do two splits
+
+
+def test_stats_yaml(mini):
+    """stats.yaml holds mean, std and rms of the training fields and of their changes between frames."""
+    found, numbers = {}, None
+    for line in (mini / 'stats.yaml').read_text().splitlines():          # '- - 1.0' is one number of a nested list
+        key, colon, value = line.strip().partition(':')
+        if colon and line[0] != ' ':
+            statistic = key
+        elif colon:
+            numbers = found[statistic, key] = [float(value)] if value else []
+        else:
+            numbers += [float(line.split()[-1])] if line.split()[-1] != '-' else []
+    for name, path in {'concentration': 't0_fields/concentration', 'velocity': 't1_fields/velocity',
+                       'D': 't2_fields/D', 'E': 't2_fields/E'}.items():
+        runs = []
+        for file in files_of(mini):
+            with h5py.File(file) as f:
+                runs.append(f[path][:].astype(np.float64))
+        x = np.concatenate(runs)
+        for suffix, values in ('', x), ('_delta', np.diff(x, axis=1)):
+            rows = values.reshape(-1, *x.shape[4:])
+            for statistic, expected in {'mean': rows.mean(0), 'std': rows.std(0),
+                                        'rms': np.sqrt((rows**2).mean(0))}.items():
+                assert np.allclose(found[statistic + suffix, name], expected.ravel(), rtol=2e-4, atol=1e-7), statistic
+    assert len(found) == 6 * 4
+
+
+def test_interrupted_simulation_resumes(mini, tmp_path):
+    """A lost file comes back byte for byte, over the debris of its first attempt, and no other is touched."""
+    root = linked(mini, tmp_path / 'active_matter')
+    before, times = read_bytes(root), {p: p.stat().st_mtime_ns for p in files_of(root) + files_of(root, 'valid')}
+    lost = files_of(root, 'valid')[1]
+    lost.unlink()
+    lost.with_name(lost.name + '.part').write_bytes(b'half a file')
+    assert make_miniature(tmp_path) == root
+    assert read_bytes(root) == before
+    assert [p for p in times if p.stat().st_mtime_ns != times[p]] == [lost]
+
+
+def test_simulation_does_not_touch_other_peoples_data(mini, tmp_path):
+    """Neither published files nor those of another recipe are mixed with new ones."""
+    others = make_published(tmp_path / 'published', frames=2), linked(mini, tmp_path / 'simulated' / 'active_matter')
+    for root, seed in zip(others, (0, 1)):
+        before = read_bytes(root)
+        with pytest.raises(ValueError, match='choose another --data-dir'):
+            make_miniature(root.parent, seed)
+        assert read_bytes(root) == before
+
+
+@both_fluids
+def test_fluids_have_the_wells_format(fluids, name):
+    """Scalars under The Well's names, grids, boundaries and fields."""
+    nx, ny = FLUIDS[name]['grid']
+    first, second = FLUIDS[name]['pairs'][1]
+    scalars, file, scalar_fields = {
+        'shear_flow': ({'Rayleigh': first, 'Schmidt': second}, 'shear_flow_Reynolds_50_Schmidt_2.hdf5',
+                       ['pressure', 'tracer']),
+        'rayleigh_benard': ({'Prandtl': second, 'Rayleigh': first}, 'rayleigh_benard_Rayleigh_2000_Prandtl_2.hdf5',
+                            ['buoyancy', 'pressure'])}[name]
+    for split, runs in RUNS.items():
+        assert len(files_of(fluids / name, split)) == 4
+        with h5py.File(fluids / name / 'data' / split / file) as f:
+            assert attributes(f) == {'dataset_name': name, 'grid_type': 'cartesian', 'n_spatial_dims': 2,
+                                     'n_trajectories': runs, 'simulation_parameters': list(scalars), **scalars}
+            assert {k: v[()] for k, v in f['scalars'].items()} == pytest.approx(scalars)
+            assert attributes(f['t0_fields']) == {'field_names': scalar_fields}
+            assert attributes(f['t1_fields']) == {'field_names': ['velocity']}
+            assert attributes(f['t2_fields']) == {'field_names': []}
+            for field in scalar_fields:
+                assert f['t0_fields'][field].shape == (runs, 36, nx, ny)
+            assert f['t1_fields/velocity'].shape == (runs, 36, nx, ny, 2)
+            assert np.isfinite(f['t1_fields/velocity'][:]).all() and f['t1_fields/velocity'][:].std() > 1e-4
+            x, y, walls = f['dimensions/x'][:], f['dimensions/y'][:], f['boundary_conditions']
+            if name == 'shear_flow':
+                assert np.allclose(x, np.arange(nx) / nx) and np.allclose(y, 2 * np.arange(ny) / ny - 1)
+                assert np.allclose(f['dimensions/time'], 0.1 * np.arange(36))
+                assert {k: v.attrs['bc_type'] for k, v in walls.items()} == dict.fromkeys(
+                    ('x_periodic', 'y_periodic'), 'PERIODIC')
+            else:
+                assert np.allclose(x, 4 * np.arange(nx) / nx)
+                assert np.allclose(y, (1 - np.cos(np.pi * (np.arange(ny) + 0.5) / ny)) / 2)
+                assert np.allclose(f['dimensions/time'], 0.25 * np.arange(36))
+                assert {k: v.attrs['bc_type'] for k, v in walls.items()} == {'x_periodic': 'PERIODIC', 'y_wall': 'WALL'}
+
+
+@both_fluids
+def test_no_initial_condition_is_in_two_splits(fluids, name):
+    starts = {}
+    for split in RUNS:
+        field = 't1_fields/velocity' if name == 'shear_flow' else 't0_fields/buoyancy'
+        starts[split] = set()
+        for file in files_of(fluids / name, split):
+            with h5py.File(file) as f:
+                starts[split] |= {x[0].tobytes() for x in f[field]}
+                assert len({x[0].tobytes() for x in f[field]}) == len(f[field])
+    assert not starts['train'] & starts['test'] and not (starts['train'] | starts['test']) & starts['valid']
+
+
+def test_unresolved_runs_are_named(tmp_path, capsys):
+    """A thin shear on a coarse grid: the files are written, and the output says that they are not resolved."""
+    with pytest.MonkeyPatch.context() as patch:
+        presets = find_system('shear_flow').presets
+        patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
+            **FLUIDS['shear_flow'], 'frames': 3, 'pairs': [(1e4, 1.0)]}))
+        simulate.make_dataset('shear_flow', tmp_path)
+    assert len(files_of(tmp_path / 'shear_flow')) == 1
+    printed = ''.join(capsys.readouterr())
+    assert 'Reynolds_10000_Schmidt_1.hdf5' in printed and re.search('[1-4] of 4 runs are not resolved', printed)
+
+
+@both_fluids
+def test_the_wells_own_reader_opens_fluids(fluids, name):
+    the_well = pytest.importorskip('the_well.data')
+    nx, ny = FLUIDS[name]['grid']
+    dataset = the_well.WellDataset(path=str(fluids / name), well_split_name='train', n_steps_input=4, n_steps_output=4,
+                                   use_normalization=False)
+    assert dataset.metadata.spatial_resolution == (nx, ny) and len(dataset) == 8 * (36 - 8 + 1)
+    first = 'tracer' if name == 'shear_flow' else 'buoyancy'
+    assert sorted(dataset.metadata.field_names[0]) == sorted([first, 'pressure'])
+    x = dataset[len(dataset) - 1]
+    assert x['input_fields'].shape == (4, nx, ny, 4) and torch.isfinite(x['input_fields']).all()
+    other, found = 'Schmidt' if name == 'shear_flow' else 'Prandtl', set()
+    for i in range(0, len(dataset), 36 - 8 + 1):
+        scalars = dict(zip(dataset.metadata.constant_scalar_names, dataset[i]['constant_scalars'].tolist()))
+        found.add((scalars['Rayleigh'], scalars[other]))
+    assert found == set(FLUIDS[name]['pairs'])
+    walls = [2, 2] if name == 'shear_flow' else [0, 0]                   # periodic or wall
+    assert x['boundary_conditions'].tolist() == [[2, 2], walls]
+
+
+@pytest.mark.parametrize('normalize', [False, True])
+def test_the_wells_own_reader_opens_it(mini, normalize):
+    the_well = pytest.importorskip('the_well.data')
+    from the_well.data.normalization import ZScoreNormalization
+    for split, runs in RUNS.items():
+        dataset = the_well.WellDataset(path=str(mini), well_split_name=split, n_steps_input=4, n_steps_output=4,
+                                       use_normalization=normalize, normalization_type=ZScoreNormalization)
+        assert dataset.metadata.field_names == {0: ['concentration'], 1: ['velocity_x', 'velocity_y'], 2: CHANNELS[3:]}
+        assert dataset.metadata.spatial_resolution == (GRID, GRID)
+        assert len(dataset) == runs * 4 * (81 - 8 + 1)
+        names, pairs = dataset.metadata.constant_scalar_names, set()
+        assert set(names) == {'L', 'zeta', 'alpha'}
+        for i in range(0, len(dataset), 1 if split == 'valid' else 37):
+            x = dataset[i]
+            scalars = dict(zip(names, x['constant_scalars'].tolist()))
+            assert scalars['L'] == 10 and x['input_fields'].shape == (4, GRID, GRID, 11)
+            assert torch.isfinite(x['input_fields']).all() and torch.isfinite(x['output_fields']).all()
+            pairs.add((scalars['alpha'], scalars['zeta']))
+        assert pairs == {(a, z) for a in ALPHAS for z in ZETAS}
+        assert (x['boundary_conditions'] == 2).all()                     # periodic
+        axis = torch.arange(GRID) * 10 / GRID
+        assert torch.allclose(x['space_grid'], torch.stack(torch.meshgrid(axis, axis, indexing='ij'), -1))
+        with h5py.File(mini / 'data' / split / dataset.files_paths[-1].split('/')[-1]) as f:
+            last = f['t2_fields/D'][-1, 73:77, :, :, 0, 0]
+        d_xx = dataset[len(dataset) - 1]['input_fields'][..., 3]
+        assert np.allclose(np.corrcoef(d_xx.flatten(), last.ravel())[0, 1], 1, atol=1e-5)
+        assert np.allclose(d_xx, last) != normalize
