@@ -57,6 +57,22 @@ def test_labels_and_normalization(published):
     assert not mean.any() and (std == 1).all()
 
 
+def test_scalars_may_differ_between_the_runs_of_a_file(published):
+    with h5py.File(files_of(published)[0], 'r+') as f:
+        del f['scalars/alpha']
+        f['scalars/alpha'] = [3.0, 7.0]
+        f['scalars/alpha'].attrs['sample_varying'] = True
+    assert open_split(published).labels(['alpha'])[:, 0].tolist() == [3, 7, -5, -5]
+
+
+def test_datasets_are_found_where_they_were_downloaded(published, tmp_path):
+    """the-well-download --base-path B puts them into B/datasets."""
+    published.parent.rename(tmp_path / 'datasets')
+    root, system, simulated = data.find_dataset('active_matter', tmp_path)
+    assert root == tmp_path / 'datasets' / 'active_matter' and simulated is None and system.lr == 1e-3
+    assert data.find_dataset('active_matter', tmp_path / 'datasets')[0] == root
+
+
 def test_fields_are_cropped_then_resized(published):
     """As the system says, and bilinearly."""
     system = dataclasses.replace(ACTIVE, crop=((1 / 8, 5 / 8), (0, 1)))

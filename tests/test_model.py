@@ -1,11 +1,13 @@
 """model.py: a trained model from Python, raw fields, tiles, and starting from or going on with a run."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
+import eval as evaluation
 from helpers import ACTIVE, MODELS, TINY, losses, refused, run
 from model import Inputs, Model, load_checkpoint, load_run, tile_starts
 from train import learning_rate
@@ -51,6 +53,23 @@ def test_models_bound_to_their_size_see_all_of_a_field():
     assert torch.allclose(model.embed(x), (corners - torch.tensor([0, 1])) / torch.tensor([1, 2]))
     with pytest.raises(ValueError, match='at least 16 x 24; not .3, 2, 16, 16, 20.'):
         model.embed(x[..., :16, :20])
+
+
+class Seen(torch.nn.Module):
+    """Its tokens are all it sees."""
+
+    def features(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+def test_probes_see_the_noise_of_training():
+    """Of the size it had there, after normalisation, whatever the units of a channel; and none where there was none."""
+    model = Model(Seen(), Inputs('any', ['a', 'b'], (True, True), (32, 32)), [0, 5], [1, 100], any_size=True)
+    run_with = lambda noise: SimpleNamespace(c=SimpleNamespace(seed=0, noise=noise))
+    x = torch.zeros(2, 2, 16, 32, 32) + torch.tensor([0, 5]).view(-1, 1, 1, 1)
+    noisy = evaluation.Run.encode(run_with(2.0), model)(x)
+    assert (noisy.std((0, 1)) - 2).abs().max() < 0.05
+    assert not evaluation.Run.encode(run_with(0.0), model)(x).any()
 
 
 @pytest.mark.parametrize('shape, tokens', [((2, 5), (2, 1, 5)), ((2, 7, 5), (2, 7, 5)), ((2, 5, 3, 4), (2, 12, 5)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from model import load_checkpoint
+from model import Inputs, Model, load_checkpoint
 from baselines import mpp
 from baselines.disco import DISCO
 from helpers import HERE, MODELS, losses, refused, run
@@ -23,6 +23,88 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
     assert settings('--data', 'shear_flow', '--cov-coeff', '3.0') == ('nano', 3.0, 700)
     assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 800)
     assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 0.4, 20)
+
+
+# whole, normalize, augment, paired; what only a long run would show
+SETTINGS = """
+model    preset system          res flags crop stride noise batch micro epochs steps lr warm-up
+jepa     nano  active_matter     0 yyyn 32 1 0  64 64 30 1200   0.003 0.5
+jepa     nano  shear_flow        0 yyyn 32 4 0  64 64  6  700   0.003 0.5
+jepa     nano  rayleigh_benard   0 yyyn 32 4 0  64 64 30  400   0.003 0.5
+jepa     paper active_matter   224 nnny  0 1 1 256  8 30   -1   0.001 2
+jepa     paper shear_flow      224 nnny  0 4 1 256  8  6   -1  0.0001 6
+jepa     paper rayleigh_benard 224 nnny  0 4 0 256  8 30   -1  0.0001 6
+videomae nano  active_matter     0 yyyy 32 1 0  32 32 30 1200  0.0015 0.3
+videomae nano  shear_flow        0 yyyy 32 4 0  32 32  6 1200  0.0015 0.3
+videomae nano  rayleigh_benard   0 yyyy 32 4 0  32 32 30 1200  0.0015 0.3
+videomae paper active_matter   224 nnny  0 1 0 256  8 30   -1 0.00015 2
+videomae paper shear_flow      224 nnny  0 4 0 256  8  6   -1 0.00015 6
+videomae paper rayleigh_benard 224 nnny  0 4 0 256  8 30   -1 0.00015 6
+mpp      nano  active_matter     0 ynyy  0 1 0  16 16 30  800   0.003 0.5
+mpp      nano  shear_flow        0 ynyy  0 4 0  16 16  6  800   0.003 0.5
+mpp      nano  rayleigh_benard   0 ynyy  0 4 0  16 16 30  800   0.003 0.5
+mpp      paper active_matter   224 nnny  0 1 0 256  8 30   -1   0.001 2
+mpp      paper shear_flow      224 nnny  0 4 0 256  8  6   -1  0.0001 6
+mpp      paper rayleigh_benard 224 nnny  0 4 0 256  8 30   -1  0.0001 6
+disco    nano  active_matter     0 ynyy 32 1 0  16 16 30 1000   0.003 0.5
+disco    nano  shear_flow        0 ynyy 32 4 0  16 16  6 1000   0.003 0.5
+disco    nano  rayleigh_benard   0 ynyy 32 4 0  16 16 30 1000   0.003 0.5
+disco    paper active_matter   224 nnny  0 1 0 256  8 30   -1   0.001 2
+disco    paper shear_flow      224 nnny  0 4 0 256  8  6   -1  0.0001 6
+disco    paper rayleigh_benard 224 nnny  0 4 0 256  8 30   -1  0.0001 6
+"""
+OF_NANO = {
+    'jepa': dict(widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True, sim_coeff=10.0,
+                 std_coeff=40.0, chunks=1, standardize=True),
+    'videomae': dict(size='nano', patch=8, mask_ratio=0.75, decoder_width=128, decoder_depth=2),
+    'mpp': dict(size='nano', layer_scale=0.1, official_state_map=False),
+    'disco': dict(width=32, depth=2, heads=2, patch=8, layer_scale=0.1, operator_width=4, generator_width=16,
+                  max_steps=2)}
+
+
+@pytest.mark.parametrize('row', SETTINGS.strip().splitlines()[1:], ids=lambda row: '-'.join(row.split()[:3]))
+def test_settings_of_every_preset(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
+    model, preset, system, resolution, flags, *numbers = row.split()
+    c, _, options = train.parse(['--model', model, '--preset', preset, '--data', system])
+    assert c.resolution == int(resolution)
+    assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.paired)) == flags
+    assert [c.crop, c.stride, c.noise, c.batch, c.micro_batch, c.epochs, c.steps, c.lr, c.warmup_epochs] == [
+        float(v) for v in numbers]
+    assert (c.weight_decay, c.min_lr) == (0.05, 1e-6)
+    if preset == 'nano':
+        found = vars(options)
+        assert {k: found[k] for k in OF_NANO[model]} == OF_NANO[model]
+        assert found.get('cov_coeff', 0) == (0 if model != 'jepa' else 4.0 if system == 'active_matter' else 0.4)
+
+
+def test_the_optimizer_is_the_papers(trained):
+    group, = load_checkpoint(trained / 'ckpt.pt')['optimizer']['param_groups']
+    assert group['betas'] == (0.9, 0.95) and group['weight_decay'] == 0.05
+
+
+class Chance(torch.nn.Module):
+    """A network whose loss is drawn by its dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, context, target, generator):
+        return {'loss': self.weight * torch.nn.functional.dropout(context).mean()}
+
+
+def test_dropout_depends_on_seed_and_step_alone():
+    """Whatever was drawn before: else a resumed run would not be the one that was killed."""
+    c, x = train.Config(batch=2, micro_batch=2), torch.ones(2, 1, 32, 4, 4)
+
+    def loss(step):
+        torch.rand(step + 3)
+        model = Model(Chance(), Inputs('any', ['a'], (True, True), (4, 4)), [0], [1])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return train.train_step(model, model.network, optimizer, iter([x]), c, step)['loss']
+    assert loss(1) == loss(1) != loss(2)
 
 
 @pytest.mark.parametrize('model', MODELS)
