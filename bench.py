@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FRAMES, Parser, option, peak_memory, pick_device, script, write_text
+from common import FRAMES, option, parse, peak_memory, pick_device, script, write_text
 
 import h5py
 import numpy as np
@@ -384,9 +384,7 @@ class Settings:
 
 @script
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_dataclass(Settings)
-    args = Settings(**vars(parser.parse_args(argv)))
+    args, = parse(__doc__, Settings, argv)
     device, path = pick_device(args.device), Path(args.json)
     if args.json and not path.absolute().parent.is_dir():
         raise ValueError(f'{path.parent} is no folder to write {path.name} to')

@@ -16,12 +16,14 @@ import math
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 FRAMES = 16                 # of context, and as many of target
+SPLITS = 'train', 'valid', 'test'
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))     # torchrun sets them
 
 
@@ -29,7 +31,10 @@ RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1
 # flags
 
 def option(default, help='', group='model', bare=None):
-    """A dataclass field that becomes a flag, with dashes for underscores. bare: its value when given alone."""
+    """A dataclass field that becomes a flag, with dashes for underscores.
+
+    bare: its value when it is given alone; a bool whose bare is True is a switch that takes no value.
+    """
     return dataclasses.field(default=default, metadata={'help': help, 'group': group, 'bare': bare})
 
 
@@ -46,20 +51,42 @@ class Parser(argparse.ArgumentParser):
 
         Fields are bool, int, float, str or tuple (numbers, with commas between). A flag that is not given is absent.
         """
+        types = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            title, kind = f.metadata.get('group', 'model'), KINDS.get(f.type, f.type)
+            title, kind = f.metadata.get('group', 'model'), KINDS.get(types[f.name])
+            if kind is None or f.default is dataclasses.MISSING:
+                raise ValueError(f'{cls.__module__}.py: {cls.__name__}.{f.name} must be a bool, int, float, str or '
+                                 f'tuple with a plain default')
+            if '--' + f.name.replace('_', '-') in self._option_string_actions:
+                raise ValueError(f'{cls.__module__}.py: {cls.__name__}.{f.name} is a flag already, take another name')
             if title not in self.titled:
                 self.titled[title] = self.add_argument_group(title)
             value = (defaults or {}).get(f.name, f.default)
             shown = ','.join(map(str, value)) if isinstance(value, tuple) else value
-            bare = True if f.type is bool else f.metadata.get('bare')
+            bare = f.metadata.get('bare')
+            if kind is boolean and bare is True:
+                extra = dict(action='store_true')
+            else:
+                extra = dict(type=kind, metavar=kind.__name__.upper())
+                if kind is boolean or bare is not None:
+                    extra |= dict(nargs='?', const=True if bare is None else bare)
             about = f.metadata.get('help', '') + ('' if shown in ('', None) else f' (default: {shown})')
-            self.titled[title].add_argument('--' + f.name.replace('_', '-'), type=kind, default=argparse.SUPPRESS,
-                                            metavar=kind.__name__.upper(), help=about.replace('%', '%%').strip(),
-                                            **(dict(nargs='?', const=bare) if bare is not None else {}))
+            self.titled[title].add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS,
+                                            help=about.replace('%', '%%').strip(), **extra)
 
     def error(self, message):
         raise ValueError(f'{message}; python {self.prog} --help lists the flags')
+
+
+def parse(description, cls, argv, **positional):
+    """(`cls` of the flags in argv, then the value of each positional argument); argv None: the command line."""
+    parser = Parser(description)
+    for name, settings in positional.items():
+        parser.add_argument(name, **settings)
+    parser.add_dataclass(cls)
+    given = vars(parser.parse_args(argv))
+    values = [given.pop(name) for name in positional]
+    return cls(**given), *values
 
 
 def boolean(text):
@@ -79,7 +106,7 @@ def numbers(text):
     return tuple(int(v) if v.strip().lstrip('+-').isdigit() else number(v) for v in text.split(','))
 
 
-KINDS = {bool: boolean, float: number, tuple: numbers}
+KINDS = {bool: boolean, int: int, float: number, str: str, tuple: numbers}
 
 
 def at_least(settings, low, *names):
@@ -174,9 +201,9 @@ class Progress(tqdm):
 # ---------------------------------------------------------------------------------------------
 # files
 
-def data_folder(flag):
-    """The folder of datasets: the flag's, else $THE_WELL_DATA_DIR, else data."""
-    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or 'data')
+def data_folder(flag, of_run=''):
+    """The folder of datasets: the flag's, else $THE_WELL_DATA_DIR, else that of a run, else data."""
+    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
 
 
 def write_bytes(path, content):
@@ -203,7 +230,7 @@ def read_tensors(path, safe=()):
     Raises ValueError in one line for any other file, OSError for one that is not there.
     """
     try:
-        with torch.serialization.safe_globals(list(safe)):
+        with torch.serialization.safe_globals(list(safe)) if safe else contextlib.nullcontext():
             state = torch.load(path, map_location='cpu', weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise

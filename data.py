@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import simulate
-from systems import find_system, system_names
+from systems import find_system, spatial_axes, system_names
 
 WINDOW = 2 * FRAMES
 
@@ -36,14 +36,22 @@ def find_dataset(name, data_dir, build=False):
     root = Path(data_dir) / name
     if not root.exists() and (Path(data_dir) / 'datasets' / name).exists():
         root = Path(data_dir) / 'datasets' / name
-    note = root / 'simulated.json'
     if build and name in system_names():
-        if note.exists():
-            simulate.make_dataset(name, data_dir, **{k: json.loads(note.read_text())[k] for k in ('preset', 'seed')})
+        if recipe := read_recipe(root):
+            simulate.make_dataset(name, root.parent, **recipe)
         elif not any(root.glob('data/*/*.h*5')):
-            print(f'No {name} dataset in {data_dir}: simulating a small one (python simulate.py --help).', flush=True)
-            simulate.make_dataset(name, data_dir)
-    return root, find_system(name, root), json.loads(note.read_text())['preset'] if note.exists() else None
+            print(f'No {name} dataset in {root.parent}: simulating a small one (see simulate.py --help).', flush=True)
+            simulate.make_dataset(name, root.parent)
+    return root, find_system(name, root), read_recipe(root).get('preset')
+
+
+def read_recipe(root):
+    """{'preset', 'seed'} that a dataset was simulated with; {} if it was not."""
+    note = root / 'simulated.json'
+    try:
+        return {k: json.loads(note.read_text())[k] for k in ('preset', 'seed')} if note.exists() else {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -68,7 +76,9 @@ def read_file(path):
             raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
     if 'spatial_dims' not in f['dimensions'].attrs:
         raise ValueError(f"{path}: group 'dimensions' has no attribute 'spatial_dims': it is not in The Well's format")
-    axes = [a if isinstance(a, str) else a.decode() for a in f['dimensions'].attrs['spatial_dims']]
+    axes = spatial_axes(f)
+    if len(axes) != 2:
+        raise ValueError(f'{path} has {len(axes)} spatial axes, {", ".join(axes)}: only fields in two will do')
     channels = {}
     for order in range(3):
         for name in sorted(f[f't{order}_fields']):
@@ -89,11 +99,11 @@ def read_file(path):
     return f, channels, scalars, shape
 
 
-def grid_of(path):
-    """(nx, ny) of a file."""
-    f, _, _, shape = read_file(path)
+def look_into(path):
+    """(names of the channels, (nx, ny)) of a file."""
+    f, channels, _, shape = read_file(path)
     f.close()
-    return shape[2:]
+    return list(channels), shape[2:]
 
 
 def content_key(files):
@@ -200,6 +210,7 @@ class Split:
             settings = f'{Path(root).name}-{place}-{settings}'
         path = find_cache(files, crop, resolution, cache_dir, settings, progress)
         meta = json.loads(path.with_suffix('.json').read_text())
+        self.files = path.name.rpartition('-')[2]                        # hash of their content
         self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
         # 'c': copy on write, because torch wants arrays it could write to; nobody does

@@ -18,13 +18,12 @@ import copy
 import io
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (FRAMES, Parser, Progress, at_least, option, peak_memory, pick_device, script, write_bytes,
-                    write_text)
+from common import (FRAMES, SPLITS, Progress, at_least, data_folder, option, parse, peak_memory, pick_device, script,
+                    write_bytes, write_text)
 
 import numpy as np
 import torch
@@ -32,19 +31,19 @@ import torch
 import model as models
 import probe
 import systems
-from data import Split, find_dataset
-from train import Config
+from data import WINDOW, Split, find_dataset
+from config import Config
 
-SPLITS = 'train', 'valid', 'test'
 PROBES = 'attentive', 'linear', 'knn'
+TUNED = 'epochs', 'mlp_ratio', 'seed'                                    # what a probe depends on besides its windows
 
 
 @dataclass
 class Settings:
-    all: bool = option(False, "the paper's table 1 from everything under out/", 'what')
+    all: bool = option(False, "the paper's table 1 from everything under out/", 'what', bare=True)
     save_embeddings: str = option('', 'npz file for mean tokens, labels and run ids of every window', 'what')
     data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the checkpoint's", 'data')
-    stride: int = option(0, 'frames between probed windows (default: 4 for nano, else as in training)', 'data')
+    stride: int = option(0, 'frames between probed windows; 0: 4 for nano, else as in training', 'data')
     batch: int = option(16, 'windows embedded at once', 'data')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
     mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's (the model's, or else 12 up to "
@@ -78,16 +77,20 @@ class Run:
             raise ValueError(f'{self.path} was written by another version of train.py') from None
         self.name, self.module = models.title(c.model), models.find_model(c.model)
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
-        data_dir = args.data_dir or os.environ.get('THE_WELL_DATA_DIR') or c.data_dir
-        self.root, self.system, _ = find_dataset(c.data, data_dir)
+        self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
         self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
                        for s in SPLITS}
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
         self.shown = [self.system.name_of(name) for name in self.labels]
-        self.stride = args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride)
-        self.windows = {name: split.windows[split.windows[:, 1] % self.stride == 0]            # (n, 2): run, frame
+        self.probe_on(args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride))
+
+    def probe_on(self, stride):
+        """Set `windows`, {split: (n, 2) of run and first frame}, `stride` frames apart, and their targets (n, L)."""
+        self.stride = stride
+        self.windows = {name: np.array([(run, t) for run in range(len(split.runs))
+                                        for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
                         for name, split in self.splits.items()}
         mean, std = np.array(self.state['label_mean']), np.array(self.state['label_std'])
         self.targets = {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
@@ -123,7 +126,7 @@ class Run:
         with Progress(sum(map(len, self.windows.values())), description, 'window') as bar:
             for name, windows in self.windows.items():
                 parts = []
-                for w in np.array_split(windows, math.ceil(len(windows) / batch)):
+                for w in (windows[i:i + batch] for i in range(0, len(windows), batch)):
                     x = self.splits[name].load(w, frames=FRAMES)
                     with torch.no_grad():
                         parts.append(function(x).float().cpu())
@@ -231,11 +234,11 @@ def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
     device = pick_device(args.device)
     runs = [Run(path, args) for path in paths]
-    same = lambda r: (r.c.data, r.labels, r.splits['test'].runs)
+    same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [r.splits[s].files for s in SPLITS])
     if any(same(r) != same(runs[0]) for r in runs):
         raise ValueError('the checkpoints are of different systems or datasets: a table is about one')
-    for run in runs:                                                     # the same windows, whatever the preset
-        run.windows, run.targets, run.stride = runs[0].windows, runs[0].targets, runs[0].stride
+    for run in runs:                                                     # the same windows, whatever the presets
+        run.probe_on(max(r.stride for r in runs))
     results, statistics = [], {}
     for run in runs:
         started = time.perf_counter()
@@ -252,7 +255,7 @@ def evaluate(paths, args):
         if statistics[seen]:
             rows['field statistics'] = statistics[seen]
         rows['predict the mean'] = {p: run.targets['test'].pow(2).mean(0) for p in PROBES}
-        results.append(result_of(run, rows, parameters, time.perf_counter() - started))
+        results.append(result_of(run, args, rows, parameters, time.perf_counter() - started))
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
             save_embeddings(Path(args.save_embeddings), run, tokens)
@@ -261,7 +264,7 @@ def evaluate(paths, args):
           f'are in ' + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
 
 
-def result_of(run, rows, parameters, seconds):
+def result_of(run, args, rows, parameters, seconds):
     """What goes to a run's eval.json."""
     scores = {name: {p: {**dict(zip(run.shown, e.tolist())), 'mean': e.mean().item()} for p, e in by_probe.items()}
               for name, by_probe in rows.items()}
@@ -270,7 +273,7 @@ def result_of(run, rows, parameters, seconds):
         scores[f'{run.name}, the paper'] = {'attentive': {'mean': paper}}
     return {'system': run.c.data, 'split': 'test', 'labels': run.shown, 'row': run.name, 'rows': scores,
             'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
-            'windows': {name: len(w) for name, w in run.windows.items()},
+            'windows': {name: len(w) for name, w in run.windows.items()}, 'probe': {k: getattr(args, k) for k in TUNED},
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds']}}
 
@@ -315,8 +318,9 @@ def print_table(results):
 def table_one(args):
     """The paper's table 1: the newest checkpoint of every system and model under out/, measured beside published.
 
-    Reads the eval.json that is newer than its checkpoint, else evaluates; with --finetune also what has no fine-tuned
-    row yet. A fine-tuned row goes before a frozen one, and is marked.
+    Reads the eval.json that is newer than its checkpoint, else evaluates: also if this call's flags differ from the
+    defaults and from what they were there, and, with --finetune, what has no fine-tuned row yet. A fine-tuned row
+    goes before a frozen one, and is marked. A run that cannot be evaluated is left out, in one line.
     """
     newest, cells, seen = {}, {}, {}
     for path in checkpoints():
@@ -326,34 +330,48 @@ def table_one(args):
         except ValueError as e:
             print(f'left out: {e}')
     for (system, model), path in newest.items():
-        table = path.with_name('eval.json')
-        known = json.loads(table.read_text()) if table.exists() else {'rows': {}}
-        stale = not table.exists() or table.stat().st_mtime < path.stat().st_mtime or 'row' not in known
-        if stale or args.finetune and not any(row.endswith('fine-tuned') for row in known['rows']):
-            evaluate([path], args)
-            known = json.loads(table.read_text())
+        try:
+            known = known_result(path, args)
+        except ValueError as e:
+            print(f'left out: {e}')
+            continue
         tuned = known['rows'].get(f'{known["row"]}, fine-tuned')
         error = (tuned or known['rows'][known['row']])['attentive']['mean']
         cells[system, model] = f'{error:.3f}' + '*' * bool(tuned)
-        field = known['field'].partition(',')[0], known['stride']
-        seen.setdefault(system, {}).setdefault(field, []).append(known['row'])
-    columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in newest)]))
+        how = ', '.join([known['field'].partition(',')[0], f'windows {known["stride"]} frames apart',
+                         *(f'{k} {v}' for k, v in known['probe'].items())])
+        seen.setdefault(system, {}).setdefault(how, []).append(known['row'])
+    columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in cells)]))
+    width = max(20, *(len(system) + 2 for system in columns))
     print('MSE of z-scored parameters, mean over those of a system, attentive probe: measured on test | the paper\n')
-    print(' ' * 12 + ''.join(f'{system:>20}' for system in columns))
-    for name in dict.fromkeys([*models.model_names(), *(model for _, model in newest)]):
+    print(' ' * 12 + ''.join(f'{system:>{width}}' for system in columns))
+    for name in models.model_names():
         module, shown = models.find_model(name), []
         for system in columns:
             paper = getattr(module, 'PAPER', {}).get(system)
             star = '*' * getattr(module, 'PAPER_FINETUNED', False)
             published = '-' if paper is None else f'{paper:.3f}{star}'
             shown.append(f'{cells.get((system, name), "not run")} | {published}')
-        print(f'{models.title(name):12}' + ''.join(f'{cell:>20}' for cell in shown))
+        print(f'{models.title(name):12}' + ''.join(f'{cell:>{width}}' for cell in shown))
     print('\n* fine-tuned end to end; the others are frozen')
-    for system, fields in seen.items():
-        if len(fields) > 1:
-            print(f'{system}, not like with like: ' + '; '.join(
-                f'{", ".join(names)} on the {field}, windows {stride} frames apart'
-                for (field, stride), names in fields.items()))
+    for system, ways in seen.items():
+        if len(ways) > 1:
+            print(f'{system}, not like with like: '
+                  + '; '.join(f'{", ".join(names)}: {how}' for how, names in ways.items()))
+
+
+def known_result(path, args):
+    """The eval.json of a checkpoint, made again if it is missing, older, or not what the flags ask for."""
+    table, default = path.with_name('eval.json'), Settings()
+    known = json.loads(table.read_text()) if table.exists() else {}
+    asked = {k: getattr(args, k) for k in (*TUNED, 'stride') if getattr(args, k) != getattr(default, k)}
+    there = {**known.get('probe', {}), 'stride': known.get('stride')}
+    stale = 'probe' not in known or table.stat().st_mtime < path.stat().st_mtime
+    if stale or any(there[k] != v for k, v in asked.items()) or args.finetune and not any(
+            row.endswith('fine-tuned') for row in known['rows']):
+        evaluate([path], args)
+        known = json.loads(table.read_text())
+    return known
 
 
 def save_embeddings(path, run, tokens):
@@ -375,18 +393,17 @@ def save_embeddings(path, run, tokens):
 
 @script
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument('runs', nargs='*', help='folders of runs, or their checkpoints (default: the newest of out/)')
-    parser.add_dataclass(Settings)
-    given = vars(parser.parse_args(argv))
-    paths = given.pop('runs')
-    args = Settings(**given)
+    args, paths = parse(__doc__, Settings, argv, runs=dict(
+        nargs='*', help='folders of runs, or their checkpoints (default: the newest of out/)'))
     at_least(args, 1, 'batch', 'epochs')
     at_least(args, 0, 'stride', 'mlp_ratio', 'finetune', 'finetune_lr', 'seed')
     if args.save_embeddings and (args.all or len(paths) > 1):
         raise ValueError('--save-embeddings takes one run')
-    if args.save_embeddings and not Path(args.save_embeddings).absolute().parent.is_dir():
-        raise ValueError(f'no folder for {args.save_embeddings}')
+    kept = Path(args.save_embeddings).absolute()
+    if args.save_embeddings and (kept.is_dir() or not kept.parent.is_dir()):
+        raise ValueError(f'--save-embeddings takes a file to write, in a folder that is there; not {kept}')
+    if args.all and paths:
+        raise ValueError('--all takes everything under out/, and no runs')
     table_one(args) if args.all else evaluate(paths or checkpoints()[-1:], args)
 
 

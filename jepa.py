@@ -39,9 +39,8 @@ class Options:
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
 
 
-NANO = dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, paired=False,
-            widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True, sim_coeff=10.0,
-            cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3, warmup_epochs=0.5)
+NANO = dict(paired=False, widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
+            sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3)
 PRESETS = {'paper': {}, 'nano': NANO,
            ('nano', 'shear_flow'): dict(cov_coeff=0.4, steps=700),
            ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
@@ -51,6 +50,8 @@ def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
     if len(options.widths) != 5 or len(options.blocks) != 5:
         raise ValueError('the encoder has five stages: give five --widths and five --blocks')
+    if not all(isinstance(n, int) for n in options.widths + options.blocks):
+        raise ValueError('--widths and --blocks are whole numbers')
     if min(options.widths) < 1 or min(options.blocks) < 0 or options.chunks < 1:
         raise ValueError('--widths and --chunks must be at least 1, --blocks at least 0')
     if options.widths[-1] % 8:

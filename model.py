@@ -15,10 +15,11 @@ target (B, C, 16, H, W) each, all randomness from `generator`; and with an `enco
 or tokens (B, N, D), or else features(x) -> tokens. Everything else has a default:
 
     in the file     TITLE, its name in tables; PRESETS, {'paper' | 'nano' | (preset, system): {setting: value}}, of
-                    Options and train.Config alike; PAPER, {system: published error} and PAPER_FINETUNED; TERMS,
-                    {term: its name in pictures}; MLP_RATIO of its attentive probe; ANY_SIZE, if it may be probed
-                    on larger fields than it was trained on (else these are tiled); check(options, height, width),
-                    which raises ValueError for what will not do; load_published(network, path), for --init
+                    Options and config.Config alike, which go before config.PRESETS; PAPER, {system: published error}
+                    and PAPER_FINETUNED; TERMS, {term: its name in pictures}; MLP_RATIO of its attentive probe;
+                    ANY_SIZE, if it may be probed on larger fields than it was trained on (else these are tiled);
+                    check(options, height, width), which raises ValueError for what will not do;
+                    load_published(network, path), for --init
     in the network  after_step(), called when the optimizer has stepped (an EMA teacher moves here); `embedding`,
                     the last one, (B, D, ...), for the log (else what the encoder gave)
 """
@@ -53,16 +54,21 @@ class Inputs:
 
 def find_model(name):
     """The module of a model, by its name. Raises ValueError if no file defines it."""
-    where = {'baselines.' + name: HERE / 'baselines' / f'{name}.py', name: HERE / f'{name}.py'}
+    where = {name: HERE / f'{name}.py', 'baselines.' + name: HERE / 'baselines' / f'{name}.py'}
     found = [module for module, path in where.items() if name.isidentifier() and is_model(path)]
+    if len(found) > 1:
+        raise ValueError(f'two files define the model {name!r}, {name}.py and baselines/{name}.py: rename one')
     if not found:
         raise ValueError(f'unknown model {name!r}: a model is a file {name}.py, here or in baselines/, with Options '
                          f'and build(); there are {", ".join(model_names())}')
-    return importlib.import_module(found[0])
+    module = importlib.import_module(found[0])
+    if not dataclasses.is_dataclass(module.Options):
+        raise ValueError(f'{name}.py: Options is no dataclass: write @dataclass above it')
+    return module
 
 
 def is_model(path):
-    return path.is_file() and all(word in path.read_text() for word in ('\nclass Options', '\ndef build('))
+    return path.is_file() and all(word in path.read_bytes() for word in (b'\nclass Options', b'\ndef build('))
 
 
 def model_names():
@@ -89,11 +95,12 @@ class Model(nn.Module):
         for name, values in ('mean', mean), ('std', std):
             self.register_buffer(name, torch.as_tensor(values, dtype=real).view(-1, 1, 1, 1))
         self.seen = None                                                 # what the encoder gave last
-        if hasattr(network, 'encoder'):
+        if isinstance(getattr(network, 'encoder', None), nn.Module):
             network.encoder.register_forward_hook(self.remember)
 
     def remember(self, encoder, x, z):
-        self.seen = z.detach() if torch.is_tensor(z) and not hasattr(self.network, 'embedding') else None
+        own = torch.is_tensor(getattr(self.network, 'embedding', None))
+        self.seen = z.detach() if self.training and torch.is_tensor(z) and not own else None
 
     def normalise(self, x):
         """Raw fields (B, C, T, H, W) -> what the network is given, on its device."""
@@ -106,7 +113,8 @@ class Model(nn.Module):
     @property
     def embedding(self):
         """Of the last training step, (B, D, ...), or None."""
-        z = getattr(self.network, 'embedding', self.seen)
+        own = getattr(self.network, 'embedding', None)
+        z = own if torch.is_tensor(own) else self.seen
         return z.transpose(1, 2) if z is not None and z.ndim == 3 else z
 
     def features(self, x):
@@ -141,6 +149,20 @@ class Model(nn.Module):
         return self.features(x)
 
 
+def check_model(model):
+    """Raise ValueError unless a Model gives tokens that can be probed, for fields of the size it is trained on."""
+    x = torch.zeros(1, len(model.inputs.channels), FRAMES, *model.inputs.size)
+    if not any(callable(getattr(model.network, name, None)) for name in ('features', 'encoder')):
+        raise ValueError('the network needs an encoder, or features(x), to be probed')
+    was = model.training
+    with torch.random.fork_rng(devices=[]):
+        tokens = model.eval().embed(x)
+    model.train(was)
+    if tokens.ndim != 3 or len(tokens) != 1 or tokens.shape[2] % 8:
+        raise ValueError(f'the probes need tokens (B, N, D) with D divisible by their 8 heads; for one window this '
+                         f'network gives {tuple(tokens.shape)}')
+
+
 def tile_starts(length, tile):
     """Where tiles start that cover a side: evenly spaced, as few as will do."""
     return np.linspace(0, length - tile, ceil(length / tile)).round().astype(int).tolist()
@@ -159,6 +181,14 @@ def build_model(name, options, inputs, mean, std, seed=0, dtype='float32'):
 def checkpoint_of(path):
     """The checkpoint file of a run: itself, or the one in its folder."""
     return Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
+
+
+def is_checkpoint(path):
+    """Is this a file of train.py, rather than one that somebody published?"""
+    try:
+        return 'options' in read_tensors(path)
+    except ValueError:
+        return False
 
 
 def load_checkpoint(path):

@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Parser, data_folder, option, script
+from common import data_folder, option, parse, script
 
 import matplotlib
 matplotlib.use('Agg')                                                    # no window
@@ -51,9 +51,8 @@ def read_example(path, picture):
         names = [name for name in picture if name in channels] or list(channels)[:1]
         read = lambda name: channels[name][0][(0, slice(None), slice(None), slice(None), *channels[name][1])]
         shown = read(names[0]) if len(names) == 1 else np.sqrt(sum(np.square(read(name)) for name in names))
-        axes = [a if isinstance(a, str) else a.decode() for a in f['dimensions'].attrs['spatial_dims']][:2]
         at = [f['dimensions'][k][:] if k in f['dimensions'] else np.arange(n)
-              for k, n in zip(('time', *axes), shape[1:])]
+              for k, n in zip(('time', *systems.spatial_axes(f)), shape[1:])]
     name = names[0] if len(names) == 1 else f'|{names[0].rpartition("_")[0]}|'
     return shown, name.replace('_', ' '), *at
 
@@ -215,7 +214,7 @@ def plot_runs(runs, args, out):
     if not log.exists():
         raise ValueError(f'{run} is no run of train.py: it has no log.jsonl')
     state = models.load_checkpoint(run / 'ckpt.pt')
-    root, system, _ = find_dataset(state['config']['data'], data_folder(args.data_dir))
+    root, system, _ = find_dataset(state['config']['data'], data_folder(args.data_dir, state['config']['data_dir']))
     labels = state['labels']
     if args.banner:
         if not result:
@@ -242,12 +241,8 @@ def plot_runs(runs, args, out):
 
 @script
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument('runs', nargs='*', help='folders of runs, or checkpoints (default: the newest under out/)')
-    parser.add_dataclass(Settings)
-    given = vars(parser.parse_args(argv))
-    paths = [Path(p) for p in given.pop('runs')]
-    args = Settings(**given)
+    args, paths = parse(__doc__, Settings, argv, runs=dict(
+        nargs='*', type=Path, help='folders of runs, or checkpoints (default: the newest under out/)'))
     plt.rcParams.update(STYLE)
     out = Path(args.out)
     if missing := [str(p) for p in paths if not p.exists()]:

@@ -15,14 +15,13 @@ import json
 import os
 from pathlib import Path
 
-from common import Parser, Progress, alone_in, at_least, data_folder, option, pick_device, script, write_text
+from common import SPLITS, Progress, alone_in, at_least, data_folder, option, parse, pick_device, script, write_text
 
 import h5py
 import numpy as np
 
 from systems import find_system, system_names
 
-SPLITS = 'train', 'valid', 'test'
 RESOLVED = 1e-4         # largest share of the energy in the last third of the spectrum of a resolved run
 
 
@@ -203,11 +202,8 @@ def simulate_missing(name, p, root, seed, device):
 def main(argv=None):
     presets = '\n'.join(f'  {name:16} {preset:6} {p.about}' for name in system_names()
                         for preset, p in find_system(name).presets.items())
-    parser = Parser(__doc__ + '\npresets:\n' + presets)
-    parser.add_argument('system', help=', '.join(system_names()))
-    parser.add_dataclass(Settings)
-    args = vars(parser.parse_args(argv))
-    name, settings = args.pop('system'), Settings(**args)
+    settings, name = parse(__doc__ + '\npresets:\n' + presets, Settings, argv,
+                           system=dict(help=', '.join(system_names())))
     at_least(settings, 0, 'seed')
     find_system(name)
     data_dir = data_folder(settings.data_dir)

@@ -1,15 +1,15 @@
 """
 Does everything run? The whole pipeline in a minute: python smoke.py [--data NAME] [--model NAME]
 
-Simulates a miniature of the nano data, trains twenty steps, evaluates and draws, in a temporary folder that is
-removed again. The numbers in its table mean nothing.
+Simulates a miniature of the nano data, trains twenty steps and evaluates, in a temporary folder that is removed
+again. The numbers in its table mean nothing.
 """
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Parser, option, script
+from common import option, parse, script
 
 import eval as evaluation
 import model as models
@@ -26,9 +26,7 @@ class Settings:
 
 @script
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_dataclass(Settings)
-    args = Settings(**vars(parser.parse_args(argv)))
+    args, = parse(__doc__, Settings, argv)
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

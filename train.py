@@ -8,26 +8,22 @@ Pretrain an encoder on windows of physical fields.
 
 With no dataset on disk, a small one is simulated first. Running the same command again resumes from the last
 checkpoint, and a larger --steps extends a finished run. Presets: `nano` (a laptop, simulated data), `paper` (the
-paper's sizes) and `smoke` (does it run at all?); defaults < the system's < preset < flags. Everything random in step
-s is drawn from (seed, s), so a run that is killed and resumed, or split over ranks, sees the same windows, crops,
-loss chunks and masks.
+paper's sizes) and `smoke` (does it run at all?); config.py has the settings. Everything random in step s is drawn
+from (seed, s), so a run that is killed and resumed, or split over ranks, sees the same windows, crops, loss chunks
+and masks.
 """
 import contextlib
-import dataclasses
 import datetime
-import functools
 import json
 import math
 import os
-import textwrap
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from common import (FRAMES, RANK, WORLD, Parser, Progress, at_least, data_folder, git_hash, option,
-                    peak_memory, pick_device, say, script, write_tensors, write_text)
+from common import FRAMES, RANK, WORLD, Progress, git_hash, peak_memory, say, script, write_tensors, write_text
 
 import numpy as np
 import torch
@@ -35,143 +31,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model as models
-import systems
-from data import WINDOW, Split, find_dataset, grid_of
-
-of_data, of_optimisation, of_machine = (functools.partial(option, group=g) for g in ('data', 'optimisation', 'machine'))
-
-
-@dataclass
-class Config:
-    """What a run depends on besides its model's Options; both are saved in its checkpoint."""
-    data: str = of_data(systems.DEFAULT, 'system: ' + ', '.join(systems.system_names()) + ', or another of The Well\'s')
-    model: str = option(models.DEFAULT, ', '.join(models.model_names()))
-    preset: str = option('auto', 'nano, paper or smoke; auto: nano on data simulated by the nano preset, else paper')
-    data_dir: str = of_data('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
-    cache_dir: str = of_data('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
-    resolution: int = of_data(0, 'side the fields are resized to; 0 keeps the file\'s')
-    whole: bool = of_data(False, 'keep the whole domain; else the part of it that the paper uses')
-    crop: int = of_data(0, 'side of the random square cut from each training window; 0: the whole field')
-    stride: int = of_data(4, 'frames between window starts')
-    noise: float = of_data(0.0, 'std of Gaussian noise added to the inputs')
-    normalize: bool = of_data(False, 'z-score each channel with the training split\'s mean and std')
-    augment: bool = of_data(False, 'random shifts and mirrorings under which the equations are the same')
-    paired: bool = of_data(True, 'crop and augment context and target alike; false: each on its own, so that only '
-                                 'what the whole run shares can be predicted')
-    init: str = option('', 'weights to start from: the folder of another run, or a published file')
-    batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
-    micro_batch: int = of_optimisation(8, 'windows per forward pass, over all ranks: the loss sees these together')
-    epochs: float = of_optimisation(30.0, 'passes over the training windows')
-    steps: int = of_optimisation(-1, 'optimizer steps; -1: as many as the epochs need; 0: save the initial weights')
-    lr: float = of_optimisation(1e-4, 'peak learning rate')
-    min_lr: float = of_optimisation(1e-6, 'learning rate at the end')
-    warmup_epochs: float = of_optimisation(0.0, 'linear warmup, in epochs')
-    weight_decay: float = of_optimisation(0.05, 'AdamW weight decay')
-    seed: int = of_optimisation(0, 'seed of everything random')
-    out: str = of_machine('', 'folder of checkpoint and log (default: out/<system>-<model>-<preset>-seed<seed>)')
-    device: str = of_machine('auto', 'cuda, cpu, or auto')
-    dtype: str = of_machine('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
-    save_every: int = of_machine(100, 'steps between checkpoints')
-
-
-PRESETS = {                                                              # of models that do not bring their own
-    'paper': {},
-    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, batch=32, micro_batch=32,
-                 steps=1000, lr=1e-3, warmup_epochs=0.5)}
-SMOKE = dict(steps=20, batch=16, micro_batch=16)                         # on top of nano
-MAY_CHANGE = 'data_dir', 'cache_dir', 'out', 'device', 'save_every', 'steps', 'epochs'       # when a run goes on
-
-
-# ---------------------------------------------------------------------------------------------
-# settings
-
-def parse(argv):
-    """(Config, module of the model, its Options) from the command line; asks for nothing to be built or simulated."""
-    first = Parser('', add_help=False)
-    first.add_dataclass(Config)
-    known = Config(**vars(first.parse_known_args(argv)[0]))
-    module = models.find_model(known.model)
-    root, system, simulated = find_dataset(known.data, data_folder(known.data_dir))
-    empty = not any(root.glob('data/*/*.h*5'))                           # and will be simulated
-    preset = known.preset
-    if preset == 'auto':
-        preset = 'nano' if empty else simulated if simulated in ('nano', 'smoke') else 'paper'
-    defaults = {f.name: f.default for cls in (Config, module.Options) for f in dataclasses.fields(cls)}
-    defaults |= system.protocol() | preset_of(module, preset, known.data)
-
-    parser = Parser(f'{__doc__}\nDefaults below: {known.model}, preset {preset}, on {known.data}.')
-    parser.add_dataclass(Config, defaults)
-    parser.add_dataclass(module.Options, defaults)
-    resolved = defaults | vars(parser.parse_args(argv)) | dict(preset=preset)
-    c, options = (models.settings_of(cls, resolved) for cls in (Config, module.Options))
-    finish(c)
-    grid = system.preset('nano').grid if empty else grid_of(min(root.glob('data/*/*.h*5')))
-    part = [round(b * n) - round(a * n) for n, (a, b) in zip(grid, system.part(c.whole)[0])]
-    check_size(c, module, options, [c.resolution] * 2 if c.resolution else part)
-    return c, module, options
-
-
-def preset_of(module, preset, system):
-    """The settings of a model's preset on a system."""
-    own = getattr(module, 'PRESETS', {})
-    get = lambda name: own.get(name, PRESETS.get(name)) | own.get((name, system), {})
-    names = [name for name in {**PRESETS, **own} if isinstance(name, str)]
-    if preset == 'smoke':
-        return get('nano') | SMOKE
-    if preset not in names:
-        raise ValueError(f'unknown preset {preset!r}: choose from auto, smoke, {", ".join(names)}')
-    return get(preset)
-
-
-def finish(c):
-    """Fill in what depends on the rest of a Config, and raise ValueError for what will not do."""
-    at_least(c, 1, 'stride', 'batch', 'micro_batch', 'save_every')
-    at_least(c, 0, 'resolution', 'crop', 'noise', 'min_lr', 'warmup_epochs', 'weight_decay', 'seed')
-    at_least(c, -1, 'steps')
-    for name in 'lr', 'epochs':
-        if getattr(c, name) <= 0:
-            raise ValueError(f'--{name} must be more than 0, not {getattr(c, name)}')
-    c.data_dir = str(data_folder(c.data_dir))
-    c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}-seed{c.seed}'
-    c.device = pick_device(c.device)
-    if c.dtype == 'auto':
-        c.dtype = 'bfloat16' if c.device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    if c.dtype not in ('float32', 'bfloat16', 'float64'):
-        raise ValueError(f'unknown dtype {c.dtype!r}: choose from float32, bfloat16, float64')
-    c.micro_batch = min(c.micro_batch, c.batch)
-    if c.batch % c.micro_batch:
-        raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
-    if c.micro_batch % WORLD:
-        raise ValueError(f'micro_batch {c.micro_batch} does not divide over {WORLD} ranks')
-    if c.init and not Path(c.init).exists():
-        raise ValueError(f'no file or folder {c.init} to start from')
-    for path in Path(c.out), *Path(c.out).parents:
-        if path.exists() and not path.is_dir():
-            raise ValueError(f'{path} is no folder: choose another --out')
-
-
-def check_size(c, module, options, shape):
-    """Raise ValueError if the model cannot be trained, or probed, on fields of `shape`."""
-    if c.crop > min(shape):
-        raise ValueError(f'crop {c.crop} is larger than the fields, {shape[0]} x {shape[1]}')
-    sizes = [(c.crop, c.crop)] if c.crop else []
-    if not c.crop or getattr(module, 'ANY_SIZE', False):                 # what is bound to its size is probed in tiles
-        sizes.append(tuple(shape))
-    for size in sizes if hasattr(module, 'check') else ():
-        module.check(options, *size)
-
-
-def describe(c, options):
-    """The settings that were resolved, by group, as text."""
-    groups = {}
-    for settings in c, options:
-        for f in dataclasses.fields(settings):
-            value = getattr(settings, f.name)
-            shown = ','.join(map(str, value)) if isinstance(value, tuple) else value
-            if shown != '':
-                groups.setdefault(f.metadata.get('group', 'model'), []).append(f'{f.name} {shown}')
-    return '\n'.join(textwrap.fill(f'{group}: {", ".join(items)}', 110, subsequent_indent='  ')
-                     for group, items in groups.items())
+from config import MAY_CHANGE, describe, parse
+from data import WINDOW, Split, find_dataset
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,10 +112,14 @@ def open_data(c):
     return root, data
 
 
-def initial_model(c, module, options, data, device):
-    """The Model of a new run: initialised from its seed, or with the weights that --init names."""
-    of_run = Path(c.init).is_dir() or Path(c.init).name == 'ckpt.pt'
-    start = models.load_checkpoint(models.checkpoint_of(c.init)) if c.init and of_run else None
+def initial_model(c, module, options, data, state):
+    """The Model of a run: initialised from its seed, with the weights that --init names, or those of its checkpoint.
+
+    state: the run's own checkpoint, if it has one. Raises ValueError if weights and model do not fit, or if the model
+    cannot be probed.
+    """
+    path = models.checkpoint_of(c.init)
+    start = state or (models.load_checkpoint(path) if c.init and models.is_checkpoint(path) else None)
     inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic,
                            (c.crop, c.crop) if c.crop else tuple(data.fields.shape[-2:]), c.paired,
                            start['inputs']['published'] if start else bool(c.init))
@@ -262,18 +127,20 @@ def initial_model(c, module, options, data, device):
     model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype)
     if start:
         if start['inputs']['channels'] != data.channels:
-            raise ValueError(f'{c.init} was trained on the channels {", ".join(start["inputs"]["channels"])}')
-        models.restore(model, start, c.init)
+            raise ValueError(f'{path} was trained on the channels {", ".join(start["inputs"]["channels"])}, not '
+                             f'{", ".join(data.channels)}')
+        models.restore(model, start, c.out if state else path)
     elif c.init:
         if not hasattr(module, 'load_published'):
             raise ValueError(f'{c.model} has no load_published: --init takes the folder of a run of it')
         module.load_published(model.network, c.init)
-    return model.to(device)
+    model.to(c.device)
+    models.check_model(model)
+    return model
 
 
-def resume(c, options, model, optimizer, steps, checkpoint):
-    """(steps made, seconds they took) by a run's checkpoint, which is loaded; ValueError if it is another run's."""
-    state = models.load_checkpoint(checkpoint)
+def check_resumable(c, options, steps, state, checkpoint):
+    """Raise ValueError if a checkpoint is of a run with other settings, or with more steps; say if it is extended."""
     own, there = asdict(c) | asdict(options), state['config'] | state['options']
     differs = [k for k in own if k not in MAY_CHANGE and own[k] != there.get(k)]
     if differs:
@@ -284,9 +151,6 @@ def resume(c, options, model, optimizer, steps, checkpoint):
     if steps > state['steps']:
         say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the learning rate is that '
             f'of the longer run')
-    models.restore(model, state, checkpoint)
-    optimizer.load_state_dict(state['optimizer'])
-    return state['step'], state['seconds']
 
 
 def trimmed_log(path, step):
@@ -318,9 +182,11 @@ def train_step(model, forward, optimizer, batches, c, step):
         with contextlib.nullcontext() if last or WORLD == 1 else forward.no_sync():
             with model.autocast():
                 losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator)
+            if not isinstance(losses, dict) or 'loss' not in losses:
+                raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / accumulate
+            sums[name] = sums.get(name, 0.0) + float(value) / accumulate
     if WORLD > 1:                                                        # the global batch's, the same on all ranks
         values = torch.tensor(list(sums.values()), device=x.device, dtype=torch.float64)
         dist.all_reduce(values)
@@ -370,24 +236,25 @@ def train(c, module, options):
     """The run: data, model, optimizer, then step after step to the end of its schedule."""
     start_ranks(c)
     root, data = open_data(c)
-    device = torch.device(c.device)
-    model = initial_model(c, module, options, data, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
-                                  fused=device.type == 'cuda')
     windows = len(data.windows)
     steps = c.steps if c.steps >= 0 else math.ceil(c.epochs * windows / c.batch)
     warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
-
-    out, step, seconds = Path(c.out), 0, 0.0
+    out = Path(c.out)
     checkpoint = out / 'ckpt.pt'
+    state, step, seconds = models.load_checkpoint(checkpoint) if checkpoint.exists() else None, 0, 0.0
+    if state:
+        check_resumable(c, options, steps, state, checkpoint)
+    model = initial_model(c, module, options, data, state)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
+                                  fused=c.device == 'cuda')
+    if state:
+        optimizer.load_state_dict(state['optimizer'])
+        step, seconds = state['step'], state['seconds']
     out.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        step, seconds = resume(c, options, model, optimizer, steps, checkpoint)
     announce(c, root, data, model, options, steps, step)
     forward = model.network
     if WORLD > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.index is not None else None,
-                                          find_unused_parameters=model.inputs.published)     # they serve other systems
+        forward = DistributedDataParallel(forward, find_unused_parameters=model.inputs.published)  # of other systems
 
     def save():
         labels = data.labels(data.varying())
@@ -399,7 +266,7 @@ def train(c, module, options):
             git=git_hash()))
 
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
-    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if device.type == 'cuda' else 1)
+    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if c.device == 'cuda' else 1)
     with (trimmed_log(out / 'log.jsonl', step) if RANK == 0 else open(os.devnull, 'a') as log,
           Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05) as bar):
         while step < steps:
@@ -433,7 +300,7 @@ def train(c, module, options):
 
 @script
 def main(argv=None):
-    train(*parse(argv))
+    train(*parse(argv, __doc__))
 
 
 if __name__ == '__main__':

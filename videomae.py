@@ -44,29 +44,41 @@ class Options:
 
 PRESETS = {
     'paper': dict(noise=0.0, lr=1.5e-4),                                 # its target is the pixels: no noise on them
-    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True,
-                 size='nano', patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
-                 batch=32, micro_batch=32, steps=1200, lr=1.5e-3, warmup_epochs=0.3)}
+    'nano': dict(size='nano', patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
+                 steps=1200, lr=1.5e-3, warmup_epochs=0.3)}
+
+
+def encoder_size(options):
+    """(width, depth, heads): those given, or else as the named size has them."""
+    if options.size not in SIZES:
+        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
+    at_least(options, 0, 'width', 'depth', 'heads')
+    own = options.width, options.depth, options.heads
+    return tuple(mine or default for mine, default in zip(own, SIZES[options.size]))
 
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    if options.size not in SIZES:
-        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
     at_least(options, 1, 'patch', 'decoder_width')
-    at_least(options, 0, 'width', 'depth', 'heads', 'decoder_depth')
+    at_least(options, 0, 'decoder_depth')
+    width, _, heads = encoder_size(options)
+    for own, divisor in (width, heads), (options.decoder_width, decoder_heads(options)):
+        if own % divisor:
+            raise ValueError(f'width {own} is not divisible by {divisor} heads')
     if height % options.patch or width % options.patch:
         raise ValueError(f'the patches need sides divisible by {options.patch}, not {height} x {width}: choose another '
                          f'--resolution, --crop or --patch')
     hidden_places(height * width // options.patch**2, options.mask_ratio)
 
 
+def decoder_heads(options):
+    return max(1, options.decoder_width // 64)
+
+
 def build(options, inputs):
-    own = options.width, options.depth, options.heads
-    width, depth, heads = (mine or default for mine, default in zip(own, SIZES[options.size]))
-    return VideoMAE(len(inputs.channels), width, depth, heads, options.patch, mask_ratio=options.mask_ratio,
+    return VideoMAE(len(inputs.channels), *encoder_size(options), options.patch, mask_ratio=options.mask_ratio,
                     decoder_width=options.decoder_width, decoder_depth=options.decoder_depth,
-                    decoder_heads=max(1, options.decoder_width // 64))
+                    decoder_heads=decoder_heads(options))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -62,23 +62,23 @@ class Options:
 
 PRESETS = {                                                              # it standardises its inputs itself
     'paper': dict(noise=0.0),
-    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, augment=True, width=32, depth=2, heads=2, patch=8,
-                 operator_width=4, generator_width=16, max_steps=2, layer_scale=0.1,
-                 batch=16, micro_batch=16, steps=1000, lr=3e-3, warmup_epochs=0.5)}
+    'nano': dict(normalize=False, width=32, depth=2, heads=2, patch=8, operator_width=4, generator_width=16,
+                 max_steps=2, layer_scale=0.1, batch=16, micro_batch=16, lr=3e-3)}
 
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    at_least(options, 1, 'width', 'heads', 'operator_width', 'generator_width', 'max_steps')
+    if options.patch not in (8, 16) or min(options.width, options.heads) < 1 or options.width % (8 * options.heads):
+        raise ValueError(f'DISCO needs --patch 8 or 16, not {options.patch}, and a --width divisible by 8 x --heads')
+    at_least(options, 1, 'operator_width', 'generator_width', 'max_steps')
     if height % 16 or width % 16 or min(height, width) < 32:
         raise ValueError(f'DISCO needs sides of 32, 48, 64, .., not {height} x {width}: set --resolution or --crop')
 
 
-def build(options, inputs):
-    """The published weights serve all datasets; a model that starts from nothing has those of one."""
-    return DISCO(inputs.system, inputs.channels, all_datasets=inputs.published, dim=options.width, blocks=options.depth,
-                 heads=options.heads, patch=options.patch, hidden=options.generator_width, width=options.operator_width,
-                 layer_scale=options.layer_scale, max_steps=options.max_steps)
+def build(o, inputs):
+    """Published weights serve all datasets."""
+    return DISCO(inputs.system, inputs.channels, inputs.published, o.width, o.depth, o.heads, o.patch,
+                 o.generator_width, o.operator_width, o.layer_scale, o.max_steps)
 
 
 def standardize(x, first):

@@ -41,24 +41,30 @@ class Options:
 
 PRESETS = {                                                              # it standardises its inputs itself
     'paper': dict(noise=0.0),
-    'nano': dict(resolution=0, whole=True, noise=0.0, augment=True, size='nano', layer_scale=0.1,
-                 batch=16, micro_batch=16, steps=800, lr=3e-3, warmup_epochs=0.5)}
+    'nano': dict(crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=800, lr=3e-3)}
+
+
+def size_of(options):
+    """(width, blocks, heads): those given, or else as the named size has them."""
+    if options.size not in SIZES:
+        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
+    at_least(options, 0, 'width', 'depth', 'heads')
+    own = options.width, options.depth, options.heads
+    return tuple(mine or default for mine, default in zip(own, SIZES[options.size]))
 
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    if options.size not in SIZES:
-        raise ValueError(f'no size {options.size!r}: choose from {", ".join(SIZES)}')
-    at_least(options, 0, 'width', 'depth', 'heads')
+    dim, _, heads = size_of(options)
+    if dim % 4 or dim % heads:
+        raise ValueError(f'MPP width {dim} is not divisible by 4 and by its {heads} heads')
     if height % 16 or width % 16:
         raise ValueError(f'MPP needs sides divisible by 16, not {height} x {width}: choose another --resolution or '
                          f'--crop')
 
 
 def build(options, inputs):
-    own = options.width, options.depth, options.heads
-    size = tuple(mine or default for mine, default in zip(own, SIZES[options.size]))
-    return MPP(inputs.channels, inputs.periodic, size, options.official_state_map, options.layer_scale)
+    return MPP(inputs.channels, inputs.periodic, size_of(options), options.official_state_map, options.layer_scale)
 
 # The published models know twelve states: 0 the height of shallow water; 1 2 3 velocity and particles of
 # incompressible flow; 4 5 a reaction's activator and inhibitor; 6 7 8 9 velocity, density and pressure of

@@ -83,7 +83,7 @@ class System:
 
 def system_names():
     """Names of the systems that have a file here."""
-    return sorted(p.stem for p in Path(__file__).parent.glob('*.py') if '\nSYSTEM = ' in p.read_text())
+    return sorted(p.stem for p in Path(__file__).parent.glob('*.py') if b'\nSYSTEM = ' in p.read_bytes())
 
 
 def find_system(name, root=None):
@@ -100,12 +100,17 @@ def find_system(name, root=None):
     return System(periodic=periodic_axes(files[0]))
 
 
+def spatial_axes(f):
+    """Names of the spatial axes of an open file."""
+    return [a.decode() if isinstance(a, bytes) else str(a) for a in f['dimensions'].attrs['spatial_dims']]
+
+
 def periodic_axes(path):
     """Is (x, y) periodic, by a file's `boundary_conditions`? Not if it does not say so."""
     text = lambda a: a.decode() if isinstance(a, bytes) else str(a)
     try:
         with h5py.File(path, 'r') as f:
-            axes = [text(a) for a in f['dimensions'].attrs['spatial_dims']]
+            axes = spatial_axes(f)
             periodic = {text(a) for condition in f['boundary_conditions'].values()
                         if text(condition.attrs['bc_type']).upper() == 'PERIODIC'
                         for a in condition.attrs['associated_dims']}

@@ -2,11 +2,15 @@
 import ast
 import json
 import shutil
+import sys
 
 import h5py
 import numpy as np
+import pytest
 import torch
 
+import config
+import model
 import train
 from helpers import BASE, HERE, TINY, refused, run
 from model import load_checkpoint, model_names
@@ -70,7 +74,7 @@ def write_gray_scott(folder, runs=2, frames=34, n=128):
 def test_a_dataset_needs_no_file(tmp_path):
     """In The Well's format, under a name nobody knows: trained on, evaluated, kept and drawn."""
     write_gray_scott(tmp_path / 'data')
-    c, _, _ = train.parse(['--data', 'gray_scott_like', '--data-dir', str(tmp_path / 'data')])
+    c, _, _ = config.parse(['--data', 'gray_scott_like', '--data-dir', str(tmp_path / 'data')], '')
     assert (c.preset, c.resolution, c.crop) == ('paper', 0, 0)           # its own resolution
     flags = [*TINY, '--data', 'gray_scott_like', '--resolution', 0, '--steps', 3, '--stride', 2, '--out', 'out/a']
     assert 'labels F, k' in run('train.py', *flags, cwd=tmp_path).stdout
@@ -115,3 +119,61 @@ def test_readme_names_every_file():
     readme = (HERE / 'README.md').read_text()
     for path in [*HERE.glob('*.py'), *HERE.glob('baselines/*.py'), *HERE.glob('systems/[a-z]*.py')]:
         assert path.name in readme or path.name == 'conftest.py', path
+
+
+START = 'import torch, torch.nn as nn\nfrom dataclasses import dataclass, field\n'
+OPTIONS = '''
+@dataclass
+class Options:
+    width: int = 8
+
+def build(options, inputs):
+    return Net(options.width)
+'''
+NET = '''
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.encoder = nn.Conv3d(11, width, 16)
+    def forward(self, context, target, generator):
+        return {'loss': self.encoder(context).mean()}
+'''
+ODD_FILES = {                                                            # what is odd, and what the message must say
+    'no dataclass': (OPTIONS.replace('@dataclass', ''), NET, 'dataclass'),
+    'a flag of train.py': (OPTIONS.replace('= 8', '= 8\n    batch: int = 3'), NET, 'Options.batch'),
+    'a factory': (OPTIONS.replace('= 8', '= 8\n    many: list = field(default_factory=list)'), NET, 'Options.many'),
+    'no default': (OPTIONS.replace(' = 8', ''), NET, 'Options.width'),
+    'typo in a preset': ("PRESETS = {'nano': dict(stpes=3)}\n" + OPTIONS, NET, 'stpes'),
+    'nothing to probe': (OPTIONS, NET.replace('encoder', 'net'), 'encoder'),
+    'a width of seven': (OPTIONS.replace('= 8', '= 7'), NET, 'divisible by their 8 heads'),
+    'no dict': (OPTIONS, NET.replace("{'loss': ", '(').replace('()}', '())'), 'dict'),
+}
+
+
+@pytest.mark.parametrize('odd', ODD_FILES)
+def test_odd_model_files_are_refused(well, tmp_path, monkeypatch, capsys, odd):
+    """In one line that says what the file needs; and before it has trained for an hour."""
+    *text, word = ODD_FILES[odd]
+    monkeypatch.setattr(model, 'HERE', tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'odd', raising=False)
+    (tmp_path / 'odd.py').write_text(START + ''.join(text))
+    flags = [str(v) for v in (*BASE, '--steps', 1, '--model', 'odd', '--data-dir', well, '--out', tmp_path / 'out')]
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith('error: ') and word in said.splitlines()[-1]
+
+
+def test_the_least_model_is_enough(well, tmp_path, monkeypatch):
+    """Options, build and a module; annotations may be strings."""
+    monkeypatch.setattr(model, 'HERE', tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'odd', raising=False)
+    (tmp_path / 'odd.py').write_text('from __future__ import annotations\n' + START + OPTIONS + NET)
+    train.main([str(v) for v in (*BASE, '--steps', 1, '--model', 'odd', '--data-dir', well, '--out', tmp_path / 'out')])
+    assert model.load_run(tmp_path / 'out').embed(torch.zeros(1, 11, 16, 32, 32)).shape == (1, 4, 8)
+    (tmp_path / 'baselines').mkdir()
+    shutil.copy(tmp_path / 'odd.py', tmp_path / 'baselines')
+    with pytest.raises(ValueError, match='two files'):
+        model.find_model('odd')

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import train
 from model import Inputs, Model, load_checkpoint
 from baselines import mpp
@@ -15,7 +16,7 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                                          # no data: nano would be simulated
 
     def settings(*flags):
-        c, _, options = train.parse(flags)
+        c, _, options = config.parse(flags, '')
         return c.preset, getattr(options, 'cov_coeff', None), c.steps
     assert settings('--preset', 'paper', '--data', 'shear_flow') == ('paper', 2.0, -1)
     assert settings() == ('nano', 4.0, 1200)
@@ -67,7 +68,7 @@ def test_settings_of_every_preset(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
     model, preset, system, resolution, flags, *numbers = row.split()
-    c, _, options = train.parse(['--model', model, '--preset', preset, '--data', system])
+    c, _, options = config.parse(['--model', model, '--preset', preset, '--data', system], '')
     assert c.resolution == int(resolution)
     assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.paired)) == flags
     assert [c.crop, c.stride, c.noise, c.batch, c.micro_batch, c.epochs, c.steps, c.lr, c.warmup_epochs] == [
@@ -97,7 +98,7 @@ class Chance(torch.nn.Module):
 
 def test_dropout_depends_on_seed_and_step_alone():
     """Whatever was drawn before: else a resumed run would not be the one that was killed."""
-    c, x = train.Config(batch=2, micro_batch=2), torch.ones(2, 1, 32, 4, 4)
+    c, x = config.Config(batch=2, micro_batch=2), torch.ones(2, 1, 32, 4, 4)
 
     def loss(step):
         torch.rand(step + 3)

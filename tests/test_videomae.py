@@ -35,8 +35,6 @@ def clips(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=seeded(1), dtype=dtype)
 
 
-# VideoMAE: parity with the official implementation
-
 @both_dtypes
 def test_encoder_is_the_official_one(dtype):
     x, = inputs(dtype, input=(1, 4, 16, 32, 32))
@@ -85,8 +83,6 @@ def test_initial_weights():
     assert videomae.SIZES['tiny'] == (192, 12, 3) and videomae.SIZES['small'] == (384, 12, 6)
 
 
-# VideoMAE: masks
-
 @pytest.mark.parametrize('places, ratio, hidden', [(196, 0.9, 176), (64, 0.9, 57), (10, 0.75, 7), (2, 0.9, 1)])
 def test_masks_hide_the_same_number_in_every_clip(places, ratio, hidden):
     masked = videomae.tube_masks(5, places, ratio, seeded())
@@ -125,7 +121,6 @@ def test_ranks_hide_what_one_process_hides():
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
-
 def test_ranks_train_like_one_process(monkeypatch):
     """The mean of two ranks' gradients is one process's, and both report the losses of the global batch."""
     model = small_videomae(mask_ratio=0.75).double()
@@ -159,8 +154,6 @@ def test_ranks_train_like_one_process(monkeypatch):
     for e, a, b in zip(expected, *(gradient for _, gradient in ranks)):
         assert torch.allclose((a + b) / 2, e, rtol=1e-10, atol=1e-14)
 
-
-# VideoMAE: the reconstruction
 
 def test_patches_tile_the_clip():
     """In order t, h, w; pixels of a patch in the same order, channels innermost; and back."""
@@ -286,8 +279,6 @@ def test_heads_that_do_not_divide_the_width_are_refused(settings):
         small_videomae(**settings)
 
 
-# VideoMAE: the error at different scales
-
 @pytest.mark.parametrize('H, W', [(12, 12), (16, 16), (9, 7), (8, 15), (5, 12)])
 def test_bands_add_up(H, W):
     """And each is the sum over its wavenumbers of the whole transform, written out."""
@@ -344,8 +335,6 @@ def test_error_is_zero_where_visible(monkeypatch):
     assert torch.equal(seen[0], F.interpolate(masked, (1, 16, 16)).expand(4, 3, 4, 16, 16))
     assert losses['loss'] == 1
 
-
-# VideoMAE: published checkpoints
 
 def official_checkpoint(state, prefix=''):
     """As the official code saves it, its run's flags included."""

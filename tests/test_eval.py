@@ -1,0 +1,158 @@
+"""eval.py: when runs may stand in one table, what the table says of them, and what --all does."""
+import json
+import os
+import shutil
+
+import h5py
+import pytest
+import torch
+
+import eval as evaluation
+from helpers import MODELS, TINY, files_of, linked
+from model import load_checkpoint
+from train import main as train
+
+QUICK = ['--epochs', '1', '--stride', '16']
+
+
+def made(well, out, *flags, model='jepa'):
+    """A run of two steps, in this process."""
+    train([str(v) for v in (*MODELS[model], '--data-dir', well, '--steps', 2, '--out', out, *flags)])
+    return out
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
+    return tmp_path
+
+
+def says(capsys, *flags):
+    evaluation.main([str(f) for f in flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('change', ['order of the files', 'one file less', 'other values'])
+def test_tables_are_of_one_dataset(well, here, change, capsys):
+    """The same test runs are not enough: labels are z-scored by the training runs, and probes are trained on them."""
+    other = linked(well / 'active_matter', here / 'other' / 'active_matter')
+    shutil.rmtree(other / 'cache', ignore_errors=True)
+    first = files_of(other)[0]
+    if change == 'order of the files':
+        first.rename(first.with_name('z.hdf5'))
+    elif change == 'one file less':
+        first.unlink()
+    else:
+        copy = shutil.copy(first, here / 'copy.hdf5')
+        first.unlink()
+        shutil.move(copy, first)
+        with h5py.File(first, 'r+') as f:
+            f['t1_fields/velocity'][0, 0] += 1
+    runs = made(well, 'out/a'), made(other.parent, 'out/b')
+    with pytest.raises(SystemExit):
+        evaluation.main([*runs, *QUICK])
+    assert 'different systems or datasets' in capsys.readouterr().err
+
+
+def test_all_runs_of_a_table_have_their_windows(well, here, capsys):
+    """The wider of two strides, whatever runs were trained at, in either order; --stride goes first."""
+    runs = made(well, 'out/a', '--stride', 3), made(well, 'out/b', '--stride', 8)
+    for order in runs, runs[::-1]:
+        says(capsys, *order, '--epochs', 1)
+        for run in runs:
+            result = json.loads((here / run / 'eval.json').read_text())
+            assert result['stride'] == 4 and result['windows'] == {'train': 6 * 13, 'valid': 4 * 13, 'test': 4 * 13}
+    run = evaluation.Run(runs[0], evaluation.Settings(stride=5))
+    assert run.windows['test'][:4].tolist() == [[0, 0], [0, 5], [0, 10], [0, 15]]
+    paper = load_checkpoint(here / runs[0] / 'ckpt.pt')
+    torch.save({**paper, 'config': {**paper['config'], 'preset': 'paper'}}, 'paper.pt')
+    assert evaluation.Run('paper.pt', evaluation.Settings()).stride == 3               # as in training
+
+
+def test_tables_say_what_differs(well, here, capsys):
+    made(well, 'out/a')
+    made(well, 'out/b', '--resolution', 16, model='videomae')
+    said = says(capsys, 'out/a', 'out/b', *QUICK)
+    assert 'Not like with like: JEPA saw the whole domain at 32 x 32; VideoMAE saw the whole domain at 16 x 16' in said
+    assert 'active_matter, not like with like: ' in says(capsys, '--all')
+    made(well, 'out/b2', model='videomae')
+    evaluation.main(['out/b2', '--epochs', '2', '--stride', '16'])
+    assert 'windows 16 frames apart, epochs 2' in says(capsys, '--all')
+    evaluation.main(['out/b2', *QUICK])
+    assert 'not like' not in says(capsys, '--all')
+
+
+def test_table_one_keeps_what_it_can(well, here, capsys):
+    """Made again if older than the run, or if the flags ask for something else; runs that fail are left out."""
+    made(well, 'out/a')
+    (here / 'out/old').mkdir()
+    torch.save({'model': {}, 'config': {}}, here / 'out/old/ckpt.pt')
+    other = load_checkpoint(here / 'out/a/ckpt.pt')
+    for name, change in ('gone', {'model': 'gone'}), ('moved', {'data': 'moved'}):
+        (here / 'out' / name).mkdir()
+        torch.save({**other, 'config': {**other['config'], **change}}, here / 'out' / name / 'ckpt.pt')
+    said = says(capsys, '--all', *QUICK)
+    assert said.count('left out: ') == 3 and 'out/old' in said and "'gone'" in said and "'moved'" in said
+    table = here / 'out/a/eval.json'
+    stamp = table.stat().st_mtime_ns
+    says(capsys, '--all')
+    assert table.stat().st_mtime_ns == stamp                             # nothing was asked for, nothing changed
+    says(capsys, '--all', '--epochs', 2)
+    assert json.loads(table.read_text())['probe']['epochs'] == 2
+    os.utime(table, (1, 1))
+    says(capsys, '--all', *QUICK)
+    assert table.stat().st_mtime > 1
+    assert '*' not in next(line for line in says(capsys, '--all').splitlines() if line.startswith('JEPA'))
+    said = says(capsys, '--all', '--finetune', 1, *QUICK)
+    tuned = json.loads(table.read_text())['rows']['JEPA, fine-tuned']['attentive']['mean']
+    assert f' {tuned:.3f}* | 0.079' in said
+
+
+def test_runs_and_data_must_fit(well, here, capsys):
+    made(well, 'out/a')
+    state = load_checkpoint(here / 'out/a/ckpt.pt')
+    torch.save({**state, 'labels': ['beta', 'zeta']}, 'labels.pt')
+    for flags, word in (['labels.pt'], 'not those'), (['--all', 'out/a'], '--all'), (
+            ['out/a', '--save-embeddings', 'out'], '--save-embeddings'), (
+            ['out/a', 'labels.pt', '--save-embeddings', 'x.npz'], 'one run'):
+        with pytest.raises(SystemExit):
+            evaluation.main([*flags, *QUICK])
+        assert word in capsys.readouterr().err
+
+
+def test_bfloat16_runs_are_evaluated_in_bfloat16(well, here):
+    made(well, 'out/a', '--dtype', 'bfloat16')
+    run = evaluation.Run('out/a', evaluation.Settings())
+    model, seen = run.model('cpu'), []
+    model.network.encoder.downsample_layers[1].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    model.embed(run.splits['test'].load(run.windows['test'][:1], frames=16))
+    assert seen == [torch.bfloat16]
+
+
+def test_resumed_and_borrowed_runs(well, here, capsys):
+    """What may differ when a run goes on; where weights may come from."""
+    made(well, 'out/a')
+    made(well, 'out/a', '--save-every', 7)                               # done already, and allowed to differ
+    assert 'resuming at step 2' in capsys.readouterr().out
+    shutil.copy('out/a/ckpt.pt', 'mine.pt')
+    for start in 'out/a', 'out/a/', 'mine.pt':
+        made(well, 'out/b', '--init', start, *(['--seed', 1] if start == 'mine.pt' else []), '--steps', 2,
+             *(['--out', 'out/c'] if start == 'mine.pt' else []))
+    shutil.move('out/a', 'out/elsewhere')
+    made(well, 'out/b', '--init', 'out/a')                               # a resume does not need its start
+    state = load_checkpoint('mine.pt')
+    names = {**state['inputs'], 'channels': state['inputs']['channels'][::-1]}
+    torch.save({**state, 'inputs': names}, 'other.pt')
+    with pytest.raises(SystemExit):
+        made(well, 'out/d', '--init', 'other.pt')
+    assert 'was trained on the channels' in capsys.readouterr().err
+    assert state['inputs']['periodic'] == (False, False)                 # a crop of a periodic field is not
+    made(well, 'out/e', '--crop', 0)
+    assert load_checkpoint('out/e/ckpt.pt')['inputs']['periodic'] == (True, True)
+
+
+def test_epochs_go_before_a_presets_steps(well, here, capsys):
+    train([str(v) for v in (*[f for f in TINY if f not in ('--steps', 40)], '--data-dir', well, '--epochs', 0.05,
+                            '--out', 'out/a')])
+    assert load_checkpoint('out/a/ckpt.pt')['steps'] == 2                # of 6 runs x 50 windows, 8 at a time
