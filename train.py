@@ -186,7 +186,7 @@ def train_step(model, forward, optimizer, batches, c, step):
                 raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value) / accumulate
+            sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item() / accumulate
     if WORLD > 1:                                                        # the global batch's, the same on all ranks
         values = torch.tensor(list(sums.values()), device=x.device, dtype=torch.float64)
         dist.all_reduce(values)
