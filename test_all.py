@@ -81,6 +81,37 @@ torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
         assert torch.equal(ranks[0][k], ranks[1][k]) and torch.equal(ranks[0][k], two[k]), k
 
 
+def test_ranks_with_disks_of_their_own_resume_together(well, tmp_path):
+    """Only the first rank has a checkpoint. Killed and started again, all go on where it stood."""
+    (tmp_path / 'ranks.py').write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+os.makedirs('disk' + os.environ['RANK'], exist_ok=True)
+os.chdir('disk' + os.environ['RANK'])
+import torch, train
+step = train.train_step
+def and_note(*args):
+    losses = step(*args)
+    with open('steps', 'a') as f:
+        f.write(f'{{args[-1]}} ')
+    if args[-1] == int(os.environ.get('DIE_AFTER', -1)):
+        os.kill(os.getpid(), 9)
+    return losses
+train.train_step = and_note
+train.main()
+""")
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'ranks.py']
+    flags = [*TINY, '--data-dir', well, '--steps', 8, '--save-every', 3, '--out', 'out']
+    subprocess.run(**command(torchrun, *flags, DIE_AFTER=4), cwd=tmp_path, capture_output=True, timeout=300)
+    assert not (tmp_path / 'disk1/out/ckpt.pt').exists()
+    assert load_checkpoint(tmp_path / 'disk0/out/ckpt.pt')['step'] == 3
+    run(torchrun, *flags, cwd=tmp_path)
+    for disk in 'disk0', 'disk1':
+        assert (tmp_path / disk / 'steps').read_text() == '0 1 2 3 4 3 4 5 6 7 ', disk
+    run(torchrun, *flags[:-1], 'never_killed', cwd=tmp_path)
+    assert losses(tmp_path / 'disk0/out') == losses(tmp_path / 'disk0/never_killed')
+
+
 @pytest.mark.parametrize('model', RIVALS)
 def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     """The spine's promises for each: same command, same losses; killed, resumed and finished as if never; one table."""

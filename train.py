@@ -139,6 +139,14 @@ def initial_model(c, module, options, data, state):
     return model
 
 
+def own_checkpoint(path):
+    """A run's checkpoint dict, or None: the first rank's, on all ranks, which may not share a disk."""
+    state = [models.load_checkpoint(path) if RANK == 0 and path.exists() else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(state, src=0)
+    return state[0]
+
+
 def check_resumable(c, options, steps, state, checkpoint):
     """Raise ValueError if a checkpoint is of a run with other settings, or with more steps; say if it is extended."""
     own, there = asdict(c) | asdict(options), state['config'] | state['options']
@@ -241,7 +249,7 @@ def train(c, module, options):
     warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
     out = Path(c.out)
     checkpoint = out / 'ckpt.pt'
-    state, step, seconds = models.load_checkpoint(checkpoint) if checkpoint.exists() else None, 0, 0.0
+    state, step, seconds = own_checkpoint(checkpoint), 0, 0.0
     if state:
         check_resumable(c, options, steps, state, checkpoint)
     model = initial_model(c, module, options, data, state)
