@@ -41,8 +41,9 @@ class Config:
     noise: float = of_data(System.noise, 'std of Gaussian noise added to the inputs')
     normalize: bool = of_data(False, 'z-score each channel with the training split\'s mean and std')
     augment: bool = of_data(False, 'random shifts and mirrorings under which the equations are the same')
-    paired: bool = of_data(True, 'crop and augment context and target alike; false: each on its own, so that only '
-                                 'what the whole run shares can be predicted')
+    views: str = of_data('paired', 'what the target is: paired, the next 16 frames at the same place; unpaired, those '
+                                   'at another place, shifted and turned on its own, so that only what the whole run '
+                                   'shares can be predicted; other-time, that and any other 16 frames of the run')
     init: str = option('', 'weights to start from: the folder of another run, or a published file')
     batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = of_optimisation(8, 'windows per forward pass, over all ranks: the loss sees these together')
@@ -50,9 +51,9 @@ class Config:
     steps: int = of_optimisation(-1, 'optimizer steps; -1: as many as the epochs need; 0: save the initial weights')
     lr: float = of_optimisation(System.lr, 'peak learning rate')
     min_lr: float = of_optimisation(1e-6, 'learning rate at the end')
-    warmup_epochs: float = of_optimisation(System.warmup_epochs, 'linear warmup, in epochs')
+    warmup_epochs: float = of_optimisation(0.0, 'linear warmup, in epochs')
     weight_decay: float = of_optimisation(0.05, 'AdamW weight decay')
-    seed: int = of_optimisation(0, 'seed of everything random')
+    seed: int = of_optimisation(0, 'seed of everything random, and of the dataset if one is simulated')
     out: str = of_machine('', 'folder of checkpoint and log (default: out/<system>-<model>-<preset>-seed<seed>)')
     device: str = of_machine('auto', 'cuda, cpu, or auto')
     dtype: str = of_machine('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
@@ -60,9 +61,10 @@ class Config:
 
 
 PRESETS = {                                                              # a model's own go before these
-    'paper': {},
+    'paper': dict(dtype='float32'),                                      # the official trainer has no autocast
     'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, batch=32, micro_batch=32,
                  steps=1000, lr=1e-3, warmup_epochs=0.5)}
+VIEWS = 'paired', 'unpaired', 'other-time'
 SMOKE = dict(steps=20, batch=16, micro_batch=16)                         # on top of nano
 MAY_CHANGE = 'data_dir', 'cache_dir', 'out', 'device', 'save_every', 'steps', 'epochs'       # when a run goes on
 
@@ -99,7 +101,7 @@ def parse(argv, description):
     size = [c.resolution] * 2 if c.resolution else part
     check_size(c, module, options, size)
     if channels:                                                         # can it be built? before hours of caching
-        module.build(options, models.Inputs(c.data, channels, periodic, tuple(size), c.paired))
+        module.build(options, models.Inputs(c.data, channels, periodic, tuple(size), c.views == 'paired'))
     return c, module, options
 
 
@@ -130,6 +132,8 @@ def finish(c):
     c.data_dir = str(data_folder(c.data_dir))
     c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}-seed{c.seed}'
     c.device = pick_device(c.device)
+    if c.views not in VIEWS:
+        raise ValueError(f'unknown views {c.views!r}: choose from {", ".join(VIEWS)}')
     if c.dtype == 'auto':
         c.dtype = 'bfloat16' if c.device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if c.dtype not in ('float32', 'bfloat16', 'float64'):

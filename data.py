@@ -27,11 +27,12 @@ from systems import find_system, spatial_axes, system_names
 WINDOW = 2 * FRAMES
 
 
-def find_dataset(name, data_dir, build=False):
+def find_dataset(name, data_dir, build=False, seed=0):
     """(folder, System, preset it was simulated with or None) of a system's dataset.
 
     `data_dir`/`name`, or where the-well-download puts it, `data_dir`/datasets/`name`. With `build`, a dataset that is
-    missing is simulated (the nano preset), and a half-simulated one finished. Raises ValueError for an unknown system.
+    missing is simulated (the nano preset, from `seed`), and a half-simulated one finished. Raises ValueError for an
+    unknown system.
     """
     root = Path(data_dir) / name
     if not root.exists() and (Path(data_dir) / 'datasets' / name).exists():
@@ -41,7 +42,7 @@ def find_dataset(name, data_dir, build=False):
             simulate.make_dataset(name, root.parent, **recipe)
         elif not any(root.glob('data/*/*.h*5')):
             print(f'No {name} dataset in {root.parent}: simulating a small one (see simulate.py --help).', flush=True)
-            simulate.make_dataset(name, root.parent)
+            simulate.make_dataset(name, root.parent, seed=seed)
     return root, find_system(name, root), read_recipe(root).get('preset')
 
 
@@ -108,7 +109,7 @@ def look_into(path):
 
 def content_key(files):
     """Hash of the files' names, sizes, times and sixteen blocks of each: cheap, and new whenever one is rewritten."""
-    h = hashlib.sha256()
+    h = hashlib.sha256(b'2')                                             # the form of the cache
     for path in files:
         s = path.stat()
         h.update(f'{path.name} {s.st_size} {s.st_mtime_ns}'.encode())
@@ -135,6 +136,7 @@ def build_cache(files, crop, resolution, path, progress=True):
         raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
     meta = {'channels': list(channels), 'shape': None, 'runs': []}
     count, total, squares = 0, np.zeros(len(channels)), np.zeros(len(channels))
+    meta['grid'] = grid_points(files[0], cut, (H, W))
     part = path.with_suffix('.bin.part')
     with open(part, 'wb') as out:
         for file in Progress(files, f'caching {path.name}', 'file', disable=not progress):
@@ -167,6 +169,18 @@ def build_cache(files, crop, resolution, path, progress=True):
     write_text(path.with_suffix('.json'), json.dumps(meta))
 
 
+def grid_points(path, cut, shape):
+    """(x, y, time step) of what is kept of a file: its own coordinates, cut and resized like the fields."""
+    points = []
+    with h5py.File(path) as f:
+        time = np.asarray(f['dimensions'].get('time', [0.0, 1.0]), float).ravel()
+        for axis, kept, n in zip(spatial_axes(f), cut, shape):
+            own = f['dimensions'][axis][kept] if axis in f['dimensions'] else np.arange(kept.start, kept.stop)
+            own = torch.as_tensor(own, dtype=torch.float64).view(1, 1, -1)
+            points.append(F.interpolate(own, size=n, mode='linear', align_corners=False).flatten().tolist())
+    return *points, float(time[1] - time[0])
+
+
 def find_cache(files, crop, resolution, cache_dir, settings, progress=True):
     """<cache_dir>/<settings>-<content key>, without its suffixes; built if missing, and older contents removed."""
     path = cache_dir / f'{settings}-{content_key(files)}'
@@ -190,8 +204,9 @@ def find_cache(files, crop, resolution, cache_dir, settings, progress=True):
 class Split:
     """One split of one system, behind its cache.
 
-    fields: memory map (runs, channels, frames, H, W) float32; channels: names; mean, std: (channels,)
-    of this split; scalars: {name: (runs,) array}; windows: (n, 2) array of (run, first frame).
+    fields: memory map (runs, channels, frames, H, W) float32; channels: names; grid: x, y and the time between
+    frames; mean, std: (channels,) of this split; scalars: {name: (runs,) array}; windows: (n, 2) array of (run, first
+    frame).
     resolution: side the fields are resized to (0 keeps the file's). stride: frames between window starts.
     whole: keep the whole domain, not the system's part of it.
     """
@@ -211,7 +226,7 @@ class Split:
         path = find_cache(files, crop, resolution, cache_dir, settings, progress)
         meta = json.loads(path.with_suffix('.json').read_text())
         self.files = path.name.rpartition('-')[2]                        # hash of their content
-        self.system, self.channels, self.runs = system, meta['channels'], meta['runs']
+        self.system, self.channels, self.runs, self.grid = system, meta['channels'], meta['runs'], meta['grid']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
         # 'c': copy on write, because torch wants arrays it could write to; nobody does
         self.fields = np.memmap(path.with_suffix('.bin'), np.float32, 'c', shape=tuple(meta['shape']))

@@ -1,29 +1,30 @@
 """
 What a pretrained encoder knows of the physics: the error table.
 
-    python eval.py                                # the newest run under out/
+    python eval.py                                # the newest run under out/, on valid: to tune by
+    python eval.py --split test                   # on test: to report, once
     python eval.py out/...                        # that one (its folder, or the checkpoint in it)
     python eval.py out/... out/...                # several in one table
-    python eval.py out/... --finetune             # also train encoder and head end to end
+    python eval.py out/... --finetune             # also train encoder and head end to end (finetune.py)
+    python eval.py out/... --probe paper          # the attentive probe as the paper's code trains it
     python eval.py out/... --save-embeddings FILE # also keep what the encoder gave, for plot.py
     python eval.py --all                          # the paper's table 1, from everything under out/
+    python eval.py --latents FOLDER --data NAME   # published embeddings in place of a run
 
 Embeds windows of the train, valid and test splits, --stride frames apart, once with the frozen encoder, fits
-three probes (probe.py) to the parameters of the simulations, and prints their mean squared error on test, with
+three probes (probe.py) to the parameters of the simulations, and prints their mean squared error on --split, with
 the parameters z-scored by the training split: guessing the mean scores 1. The rows that keep the encoder
 honest: the same encoder before training, and hand-made statistics of the fields with ridge regression.
 Each run's rows go to eval.json beside its checkpoint, whatever else is in the table.
 """
-import copy
 import io
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (FRAMES, SPLITS, Progress, at_least, data_folder, option, parse, peak_memory, pick_device, script,
-                    write_bytes, write_text)
+from common import (FRAMES, SPLITS, Progress, at_least, data_folder, git_hash, option, parse, peak_memory, pick_device,
+                    script, write_bytes, write_text)
 
 import numpy as np
 import torch
@@ -31,26 +32,33 @@ import torch
 import model as models
 import probe
 import systems
-from data import WINDOW, Split, find_dataset
 from config import Config
+from data import WINDOW, Split, find_dataset, read_recipe
+from finetune import epochs_of, finetune
+from systems.numerics import Grid
+from tables import PROBES, PUBLISHED, print_table, print_table_one
 
-PROBES = 'attentive', 'linear', 'knn'
-TUNED = 'epochs', 'mlp_ratio', 'seed'                                    # what a probe depends on besides its windows
+TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed'                  # what a row depends on besides its windows
 
 
 @dataclass
 class Settings:
+    split: str = option('valid', 'that is scored: valid, to tune by, or test, to report', 'what')
     all: bool = option(False, "the paper's table 1 from everything under out/", 'what', bare=True)
+    latents: str = option('', 'folder of published embeddings to probe: train/ and valid/batch_*.pt', 'what')
     save_embeddings: str = option('', 'npz file for mean tokens, labels and run ids of every window', 'what')
     data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the checkpoint's", 'data')
+    data: str = option('', 'system of the --latents', 'data')
     stride: int = option(0, 'frames between probed windows; 0: 4 for nano, else as in training', 'data')
     batch: int = option(16, 'windows embedded at once', 'data')
+    probe: str = option('ours', "how the attentive probe is trained: ours, or paper, as in its code, on valid", 'probe')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
     mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's (the model's, or else 12 up to "
                                    'width 128 and 0.25 above)', 'probe')
-    finetune: int = option(0, 'epochs of training encoder and attentive head end to end; 5 if given alone', 'probe', 5)
-    finetune_lr: float = option(1e-5, 'learning rate of the encoder in that', 'probe')
-    seed: int = option(0, 'seed of the attentive probe', 'probe')
+    finetune: str = option('', 'also train encoder and attentive head end to end: paper, or a number of epochs of '
+                               'our own protocol; 5 if given alone', 'probe', '5')
+    finetune_lr: float = option(1e-5, 'learning rate of the encoder in ours', 'probe')
+    seed: int = option(-1, "seed of the attentive probe; -1: the run's", 'probe')
     device: str = option('auto', 'cuda, cpu, or auto', 'machine')
 
 
@@ -84,17 +92,27 @@ class Run:
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
         self.shown = [self.system.name_of(name) for name in self.labels]
+        self.probe_seed = args.seed if args.seed >= 0 else c.seed
+        self.seeds = {'data': read_recipe(self.root).get('seed', 'none'), 'training': c.seed, 'probe': self.probe_seed}
         self.probe_on(args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride))
 
-    def probe_on(self, stride):
-        """Set `windows`, {split: (n, 2) of run and first frame}, `stride` frames apart, and their targets (n, L)."""
-        self.stride = stride
-        self.windows = {name: np.array([(run, t) for run in range(len(split.runs))
-                                        for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
-                        for name, split in self.splits.items()}
+    def windows_at(self, stride):
+        """{split: (n, 2) of run and first frame}, `stride` frames apart, and their targets {split: (n, L)}."""
+        windows = {name: np.array([(run, t) for run in range(len(split.runs))
+                                   for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
+                   for name, split in self.splits.items()}
         mean, std = np.array(self.state['label_mean']), np.array(self.state['label_std'])
-        self.targets = {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
-                        for name, w in self.windows.items()}
+        return windows, {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
+                         for name, w in windows.items()}
+
+    def probe_on(self, stride, most=(None, None)):
+        """Set `windows` and `targets`; `most`: so many of train and of valid, drawn at random, None for all."""
+        self.stride = stride
+        self.windows, self.targets = self.windows_at(stride)
+        for name, n in zip(SPLITS, most):
+            if n is not None and n < len(self.windows[name]):
+                chosen = np.sort(np.random.default_rng(self.probe_seed).permutation(len(self.windows[name]))[:n])
+                self.windows[name], self.targets[name] = self.windows[name][chosen], self.targets[name][chosen]
 
     def field(self):
         """What of a window the encoder is given, in words."""
@@ -107,16 +125,15 @@ class Run:
     def model(self, device, trained=True):
         return models.model_of(self.state, self.path, device, trained)
 
-    def encode(self, model, frozen=True):
-        """The function raw windows (B, C, 16, H, W) -> tokens (B, N, D), with the input noise of its training."""
-        device = model.mean.device
+    def encode(self, model, frozen=True, noise=None):
+        """The function raw windows (B, C, 16, H, W) -> tokens (B, N, D). noise: its std; None: as in training."""
+        device, noise = model.mean.device, self.c.noise if noise is None else noise
         generator = torch.Generator(device).manual_seed(self.c.seed)
 
         def function(x):
             x = x.to(device, model.mean.dtype)
-            if self.c.noise > 0:                                         # after normalisation, it is of this size
-                x = x + self.c.noise * model.std * torch.randn(x.shape, generator=generator, device=device,
-                                                               dtype=x.dtype)
+            if noise > 0:                                                # after normalisation, it is of this size
+                x = x + noise * model.std * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
             return model.embed(x) if frozen else model.features(x)
         return function
 
@@ -137,14 +154,16 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------
-# rows of the table: {probe: error of each label (L,)}
+# rows of the table: {probe: estimates of the labels of the windows of the scored split (n, L)}
 
-def probes(run, embedded, args, device, description):
-    """({probe: error (L,)}, number of parameters of the attentive probe)."""
+def probes(splits, module, args, seed, device, description, **protocol):
+    """({probe: estimates (n, L)}, number of parameters of the attentive probe)."""
+    ratio = args.mlp_ratio or getattr(module, 'MLP_RATIO', 0.0)
     with Progress(args.epochs, f'probing {description}', 'epoch') as bar:
-        error, size = probe.attentive(embedded, args.mlp_ratio or getattr(run.module, 'MLP_RATIO', 0.0), args.epochs,
-                                      seed=args.seed, device=device, tick=bar.update)
-    return {'attentive': error, 'linear': probe.linear(embedded), 'knn': probe.knn(embedded)}, size
+        estimates, size = probe.attentive(splits, ratio, args.epochs, scored=args.split, seed=seed, device=device,
+                                          tick=bar.update, **protocol)
+    return {'attentive': estimates, 'linear': probe.linear(splits, scored=args.split),
+            'knn': probe.knn(splits, scored=args.split)}, size
 
 
 def field_statistics(run, args):
@@ -153,8 +172,10 @@ def field_statistics(run, args):
         print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
         return None
     by_name = lambda x: {name: x[:, i] for i, name in enumerate(run.channels)}         # (B, T, H, W) each
-    embedded = run.embed(lambda x: run.system.statistics(by_name(x))[:, None], args.batch, 'field statistics')
-    return {'linear': probe.linear(with_products(embedded))}
+    grid = Grid(*run.splits['train'].grid)
+    function = lambda x: torch.stack(list(run.system.statistics(by_name(x), grid).values()), 1)[:, None]
+    embedded = run.embed(function, args.batch, 'field statistics')
+    return {'linear': probe.linear(with_products(embedded), scored=args.split)}
 
 
 def with_products(splits):
@@ -168,66 +189,31 @@ def with_products(splits):
     return out
 
 
-def finetune(run, model, args, device, tick):
-    """Test error (L,) of encoder and attentive head trained together, after the epoch that was best on valid.
-
-    The paper's protocol for MPP. AdamW at --finetune-lr for the encoder, 1e-3 for the head, cosine to zero; windows
-    as the probes see them. `tick` is called after every batch.
-    """
-    function, windows, targets = run.encode(model, frozen=False), run.windows, run.targets
-    load = lambda name, index: (run.splits[name].load(windows[name][index], frames=FRAMES),
-                                targets[name][index].float().to(device))
-    with torch.no_grad():
-        dim = function(load('train', slice(0, 1))[0]).shape[-1]
-    torch.manual_seed(args.seed)
-    head = probe.AttentiveProbe(dim, targets['train'].shape[-1],
-                                args.mlp_ratio or getattr(run.module, 'MLP_RATIO', 0.0)).to(device)
-    optimizer = torch.optim.AdamW([{'params': model.parameters(), 'lr': args.finetune_lr},
-                                   {'params': head.parameters(), 'lr': 1e-3}], weight_decay=0.01)
-    batches = math.ceil(len(windows['train']) / args.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.finetune * batches)
-    order = torch.Generator().manual_seed(args.seed)
-
-    def error(name):
-        with torch.no_grad():
-            parts = [load(name, slice(i, i + args.batch)) for i in range(0, len(windows[name]), args.batch)]
-            return torch.cat([(head(function(x).float()) - y).pow(2) for x, y in parts]).mean(0).cpu()
-
-    best, best_state, both = math.inf, None, torch.nn.ModuleList([model, head])
-    for _ in range(args.finetune):
-        for index in torch.randperm(len(windows['train']), generator=order).split(args.batch):
-            x, y = load('train', index.numpy())
-            optimizer.zero_grad()
-            (head(function(x).float()) - y).pow(2).mean().backward()
-            optimizer.step()
-            schedule.step()
-            tick()
-        on_valid = error('valid').mean().item()
-        if on_valid < best:
-            best, best_state = on_valid, copy.deepcopy(both.state_dict())
-    if best_state is None:
-        raise FloatingPointError('fine-tuning diverged: its error on valid is not a number; try a lower --finetune-lr')
-    both.load_state_dict(best_state)
-    return error('test')
-
-
 # ---------------------------------------------------------------------------------------------
 # the table
 
 def evaluate_run(run, args, device):
-    """(rows of one run, {title: {probe: error (L,)}}; numbers of parameters; tokens of the trained encoder)."""
-    rows, kept = {}, None
+    """(rows of one run, {title: {probe: estimates}}; numbers of parameters; tokens of the trained encoder)."""
+    rows, kept, noise, protocol = {}, None, None, {}
+    if args.probe == 'paper':                                            # some models have settings of their own there
+        protocol = probe.PAPER | getattr(run.module, 'PAPER_PROBE', {}).get(run.c.data, {})
+        noise = protocol.pop('noise', None)
     for title, trained in (run.name, True), ('random init', False):
         model = run.model(device, trained)
-        embedded = run.embed(run.encode(model), args.batch, f'embedding, {title}')
-        rows[title], size = probes(run, embedded, args, device, title)
+        embedded = run.embed(run.encode(model, noise=noise), args.batch, f'embedding, {title}')
+        rows[title], size = probes(embedded, run.module, args, run.probe_seed, device, title, **protocol)
         kept = kept or embedded
         if args.finetune:
-            steps = args.finetune * math.ceil(len(run.windows['train']) / args.batch)
-            with Progress(steps, f'fine-tuning {title}', 'step') as bar:
-                rows[f'{title}, fine-tuned'] = {'attentive': finetune(run, model, args, device, bar.update)}
+            with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
+                tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
+                    run.module, 'MLP_RATIO', 0.0), args.split, device, bar.update)
+            rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
     encoder = getattr(model.network, 'encoder', model.network)
     return rows, {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}, kept
+
+
+def tuned_name(args):
+    return "fine-tuned as in the paper" if args.finetune == 'paper' else 'fine-tuned'
 
 
 def evaluate(paths, args):
@@ -237,15 +223,16 @@ def evaluate(paths, args):
     same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [r.splits[s].files for s in SPLITS])
     if any(same(r) != same(runs[0]) for r in runs):
         raise ValueError('the checkpoints are of different systems or datasets: a table is about one')
+    most = runs[0].system.probe_windows if args.probe == 'paper' else ()
     for run in runs:                                                     # the same windows, whatever the presets
-        run.probe_on(max(r.stride for r in runs))
+        run.probe_on(max(r.stride for r in runs), most)
     results, statistics = [], {}
     for run in runs:
         started = time.perf_counter()
         counts = ' / '.join(str(len(w)) for w in run.windows.values())
-        print(f'{run.name}: {run.path}, preset {run.c.preset}, seed {run.c.seed}, step {run.state["step"]}, '
-              f'{run.state["samples"]:,} windows seen\n  probed on {counts} windows, {run.stride} frames apart: '
-              f'{run.field()}', flush=True)
+        print(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, {run.state["samples"]:,} '
+              f'windows seen; seeds: {", ".join(f"{k} {v}" for k, v in run.seeds.items())}\n  probed on {counts} '
+              f'windows, {run.stride} frames apart: {run.field()}', flush=True)
         rows, parameters, tokens = evaluate_run(run, args, device)
         print(f'  {parameters["encoder"]:,} parameters in the encoder, {parameters["attentive probe"]:,} in its '
               f'attentive probe')
@@ -254,7 +241,7 @@ def evaluate(paths, args):
             statistics[seen] = field_statistics(run, args)
         if statistics[seen]:
             rows['field statistics'] = statistics[seen]
-        rows['predict the mean'] = {p: run.targets['test'].pow(2).mean(0) for p in PROBES}
+        rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
         results.append(result_of(run, args, rows, parameters, time.perf_counter() - started))
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
@@ -265,62 +252,39 @@ def evaluate(paths, args):
 
 
 def result_of(run, args, rows, parameters, seconds):
-    """What goes to a run's eval.json."""
-    scores = {name: {p: {**dict(zip(run.shown, e.tolist())), 'mean': e.mean().item()} for p, e in by_probe.items()}
-              for name, by_probe in rows.items()}
+    """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
+    scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
     if paper is not None:
-        scores[f'{run.name}, the paper'] = {'attentive': {'mean': paper}}
-    return {'system': run.c.data, 'split': 'test', 'labels': run.shown, 'row': run.name, 'rows': scores,
-            'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
-            'windows': {name: len(w) for name, w in run.windows.items()}, 'probe': {k: getattr(args, k) for k in TUNED},
+        scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
+    return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
+            'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
+            'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
+            'probe': {k: getattr(args, k) for k in TUNED}, 'evaluated_by': git_hash(),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
-                    'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds']}}
+                    'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
+                    'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
 
 
-def merge_rows(results):
-    """The rows of several runs' eval.json as one table's; what the runs share stands once."""
-    rows, shared, paper = {}, {}, {}
-    for r in results:
-        name = r['row']
-        while name in rows:                                              # several runs of one model
-            name += "'"
-        for title, row in r['rows'].items():
-            if title.endswith(', the paper'):
-                paper[title] = row
-            elif title in ('field statistics', 'predict the mean'):
-                shared.setdefault(title, row)
-            else:
-                own = name + title[len(r['row']):] if title.startswith(r['row']) else title
-                rows[own if own.startswith(name) or len(results) == 1 else f'{name}, {own}'] = row
-    return rows | shared | paper
-
-
-def print_table(results):
-    """Rows = encoders, columns = labels under each probe: mean squared error of z-scored labels on test."""
-    rows = merge_rows(results)
-    first = results[0]
-    columns = [*first['labels'], 'mean']
-    width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
-    print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split (guessing the mean: 1)\n')
-    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in PROBES)).rstrip())
-    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in PROBES))
-    for name, row in rows.items():
-        cell = lambda p, c: f'{row[p][c]:{each}.3f}' if c in row.get(p, {}) else f'{"-":>{each}}'
-        print(f'{name:{width}}' + '   '.join(''.join(cell(p, c) for c in columns) for p in PROBES))
-    print()
-    if len({r['field'].partition(',')[0] for r in results}) > 1:
-        print('Not like with like: ' + '; '.join(f'{r["row"]} saw the {r["field"]}' for r in results) + '\n')
-    if any(r['run']['preset'] == 'smoke' for r in results):
-        print('A smoke run: these numbers mean nothing.\n')
+def scored(rows, targets, runs, labels):
+    """Errors of estimates: {row: {probe: {label or 'mean': MSE}}}, and {row: {probe: the mean's, run by run}}."""
+    scores, by_run = {}, {}
+    for name, by_probe in rows.items():
+        squared = {p: (estimates - targets).pow(2) for p, estimates in by_probe.items()}               # (n, L)
+        scores[name], by_run[name] = {}, {}
+        for p, e in squared.items():
+            scores[name][p] = {**dict(zip(labels, e.mean(0).tolist())), 'mean': e.mean().item()}
+            by_run[name][p] = [round(e[runs == r].mean().item(), 6) for r in np.unique(runs)]
+    return scores, by_run
 
 
 def table_one(args):
     """The paper's table 1: the newest checkpoint of every system and model under out/, measured beside published.
 
-    Reads the eval.json that is newer than its checkpoint, else evaluates: also if this call's flags differ from the
-    defaults and from what they were there, and, with --finetune, what has no fine-tuned row yet. A fine-tuned row
-    goes before a frozen one, and is marked. A run that cannot be evaluated is left out, in one line.
+    Reads the eval.json that is newer than its checkpoint, else evaluates: also if it is of another split, if this
+    call's flags differ from the defaults and from what they were there, and, with --finetune, what has no fine-tuned
+    row yet. A fine-tuned row goes before a frozen one, and is marked. A run that cannot be evaluated is left out, in
+    one line.
     """
     newest, cells, seen = {}, {}, {}
     for path in checkpoints():
@@ -335,29 +299,17 @@ def table_one(args):
         except ValueError as e:
             print(f'left out: {e}')
             continue
-        tuned = known['rows'].get(f'{known["row"]}, fine-tuned')
+        tuned = next((r for name, r in known['rows'].items() if name.startswith(f'{known["row"]}, fine-tuned')), None)
         error = (tuned or known['rows'][known['row']])['attentive']['mean']
         cells[system, model] = f'{error:.3f}' + '*' * bool(tuned)
         how = ', '.join([known['field'].partition(',')[0], f'windows {known["stride"]} frames apart',
                          *(f'{k} {v}' for k, v in known['probe'].items())])
         seen.setdefault(system, {}).setdefault(how, []).append(known['row'])
     columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in cells)]))
-    width = max(20, *(len(system) + 2 for system in columns))
-    print('MSE of z-scored parameters, mean over those of a system, attentive probe: measured on test | the paper\n')
-    print(' ' * 12 + ''.join(f'{system:>{width}}' for system in columns))
-    for name in models.model_names():
-        module, shown = models.find_model(name), []
-        for system in columns:
-            paper = getattr(module, 'PAPER', {}).get(system)
-            star = '*' * getattr(module, 'PAPER_FINETUNED', False)
-            published = '-' if paper is None else f'{paper:.3f}{star}'
-            shown.append(f'{cells.get((system, name), "not run")} | {published}')
-        print(f'{models.title(name):12}' + ''.join(f'{cell:>{width}}' for cell in shown))
-    print('\n* fine-tuned end to end; the others are frozen')
-    for system, ways in seen.items():
-        if len(ways) > 1:
-            print(f'{system}, not like with like: '
-                  + '; '.join(f'{", ".join(names)}: {how}' for how, names in ways.items()))
+    modules = {name: models.find_model(name) for name in models.model_names()}
+    published = {name: (models.title(name), getattr(m, 'PAPER', {}), '*' * getattr(m, 'PAPER_FINETUNED', False))
+                 for name, m in modules.items()}
+    print_table_one(cells, published, columns, seen, args.split)
 
 
 def known_result(path, args):
@@ -366,9 +318,9 @@ def known_result(path, args):
     known = json.loads(table.read_text()) if table.exists() else {}
     asked = {k: getattr(args, k) for k in (*TUNED, 'stride') if getattr(args, k) != getattr(default, k)}
     there = {**known.get('probe', {}), 'stride': known.get('stride')}
-    stale = 'probe' not in known or table.stat().st_mtime < path.stat().st_mtime
+    stale = 'by_run' not in known or table.stat().st_mtime < path.stat().st_mtime or known['split'] != args.split
     if stale or any(there[k] != v for k, v in asked.items()) or args.finetune and not any(
-            row.endswith('fine-tuned') for row in known['rows']):
+            row.endswith(tuned_name(args)) for row in known['rows']):
         evaluate([path], args)
         known = json.loads(table.read_text())
     return known
@@ -391,12 +343,47 @@ def save_embeddings(path, run, tokens):
     print(f'{path}: the mean tokens of {count} windows')
 
 
+def evaluate_latents(args):
+    """Probe published embeddings, which have no test split: the second half of valid is held out in its place."""
+    readers = [m for m in map(models.find_model, models.model_names()) if hasattr(m, 'read_latents')]
+    system = systems.find_system(args.data)
+    for module in readers:                                               # of the models here, one
+        splits, names = module.read_latents(args.latents, args.data)
+        logs = torch.tensor([name in system.log_labels for name in names])
+        own = lambda y: torch.where(logs, y.double().log10(), y.double())
+        splits = {name: (z.float(), own(y)) for name, (z, y) in splits.items()}
+        mean, std = splits['train'][1].mean(0), splits['train'][1].std(0, correction=0)
+        splits = {name: (z, (y - mean) / std) for name, (z, y) in splits.items()}
+        (z, y), half = splits['valid'], len(splits['valid'][0]) // 2
+        splits |= {'valid': (z[:half], y[:half]), 'test': (z[half:], y[half:])}
+        title, labels = f'{module.TITLE}, published latents', [system.name_of(name) for name in names]
+        print(f'{title}: {" / ".join(str(len(z)) for z, _ in splits.values())} windows; of valid in two halves the '
+              f'second is scored')
+        args.split = 'test'
+        seed = max(args.seed, 0)
+        rows, size = probes(splits, module, args, seed, pick_device(args.device), title)
+        rows['predict the mean'] = {p: torch.zeros_like(splits['test'][1]) for p in PROBES}
+        scores, by_run = scored(rows, splits['test'][1], np.arange(len(z) - half), labels)
+        if args.data in getattr(module, 'PAPER', {}):
+            scores[module.TITLE + PUBLISHED] = {'attentive': {'mean': module.PAPER[args.data]}}
+        print_table([{'system': args.data, 'split': 'second half of the valid', 'labels': labels, 'row': title,
+                      'rows': scores, 'by_run': by_run, 'field': '', 'seeds': {},
+                      'run': {'windows_seen': 0, 'preset': ''}}])
+
+
 @script
 def main(argv=None):
     args, paths = parse(__doc__, Settings, argv, runs=dict(
         nargs='*', help='folders of runs, or their checkpoints (default: the newest of out/)'))
     at_least(args, 1, 'batch', 'epochs')
-    at_least(args, 0, 'stride', 'mlp_ratio', 'finetune', 'finetune_lr', 'seed')
+    at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr')
+    at_least(args, -1, 'seed')
+    if args.split not in ('valid', 'test') or args.probe not in ('ours', 'paper'):
+        raise ValueError(f'--split is valid or test, --probe ours or paper; not {args.split!r} and {args.probe!r}')
+    if args.probe == 'paper' and args.split != 'valid':
+        raise ValueError('the paper\'s probe is scored on valid: --split valid')
+    if args.finetune:
+        epochs_of(args.finetune)
     if args.save_embeddings and (args.all or len(paths) > 1):
         raise ValueError('--save-embeddings takes one run')
     kept = Path(args.save_embeddings).absolute()
@@ -404,6 +391,10 @@ def main(argv=None):
         raise ValueError(f'--save-embeddings takes a file to write, in a folder that is there; not {kept}')
     if args.all and paths:
         raise ValueError('--all takes everything under out/, and no runs')
+    if args.latents:
+        if paths or args.all or not args.data:
+            raise ValueError('--latents takes --data, the name of their system, and no runs')
+        return evaluate_latents(args)
     table_one(args) if args.all else evaluate(paths or checkpoints()[-1:], args)
 
 

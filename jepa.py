@@ -28,7 +28,8 @@ TERMS = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance'}    # what 
 @dataclass
 class Options:
     """The defaults are the paper's."""
-    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage')
+    fold: int = option(0, 'hidden width of a stem that folds 2 x 2 x 2 neighbours into channels; 0: the paper\'s stem')
+    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage; with a fold there is one less')
     blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
@@ -36,11 +37,12 @@ class Options:
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
+    loss_rows: str = option('local', 'what the loss sees together: local, the embeddings of one process; or global')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
 
 
-NANO = dict(paired=False, widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0, residual=True,
-            sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3)
+NANO = dict(views='unpaired', loss_rows='global', widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0,
+            residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3)
 PRESETS = {'paper': {}, 'nano': NANO,
            ('nano', 'shear_flow'): dict(cov_coeff=0.4, steps=700),
            ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
@@ -48,12 +50,16 @@ PRESETS = {'paper': {}, 'nano': NANO,
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    if len(options.widths) != 5 or len(options.blocks) != 5:
-        raise ValueError('the encoder has five stages: give five --widths and five --blocks')
+    stages = 4 if options.fold else 5
+    if len(options.widths) != stages or len(options.blocks) != stages:
+        raise ValueError(f'the encoder has {stages} stages' + (' with a fold' if options.fold else '') +
+                         f': give {stages} --widths and {stages} --blocks')
     if not all(isinstance(n, int) for n in options.widths + options.blocks):
         raise ValueError('--widths and --blocks are whole numbers')
-    if min(options.widths) < 1 or min(options.blocks) < 0 or options.chunks < 1:
-        raise ValueError('--widths and --chunks must be at least 1, --blocks at least 0')
+    if min(options.widths) < 1 or min(options.fold, *options.blocks) < 0 or options.chunks < 1:
+        raise ValueError('--widths and --chunks must be at least 1, --blocks and --fold at least 0')
+    if options.loss_rows not in ('local', 'global'):
+        raise ValueError(f'--loss-rows is local or global, not {options.loss_rows!r}')
     if options.widths[-1] % 8:
         raise ValueError(f'the probes need a last width divisible by their 8 heads, not {options.widths[-1]}')
     if height % 16 or width % 16:
@@ -102,6 +108,23 @@ class Stem(nn.Conv3d):
         return x.view(B, T, -1, H, W).transpose(1, 2)
 
 
+class Fold(nn.Sequential):
+    """2 x 2 x 2 neighbours into channels, then a pointwise network: (B, C, T, H, W) -> (B, dim, T/2, H/2, W/2).
+
+    Not the paper's. Products of channels, gradients and changes in time can form before anything is averaged, at an
+    eighth of the points.
+    """
+
+    def __init__(self, channels, hidden, dim):
+        super().__init__(nn.Linear(8 * channels, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        x = x.view(B, C, T // 2, 2, H // 2, 2, W).permute(0, 2, 4, 1, 3, 5, 6)         # rows stay whole: faster
+        x = x.reshape(B, T // 2, H // 2, 4 * C, W // 2, 2).permute(0, 1, 2, 4, 3, 5).flatten(4)
+        return super().forward(x).movedim(-1, 1)                         # from (B, T/2, H/2, W/2, 8C)
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, T, H, W) or (B, C, H, W)."""
 
@@ -133,19 +156,20 @@ class Encoder(nn.Module):
     """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding. H, W divisible by 16.
 
     A stem, then a stage of residual blocks at each width with a halving of T, H and W between them;
-    after four halvings T is 1 and the last stage is two-dimensional. The defaults are the paper's.
-    Raises ValueError for other numbers of frames or indivisible resolutions.
+    after four halvings T is 1 and the last stage is two-dimensional. The defaults are the paper's; a `fold`
+    is a stem and the first halving in one. Raises ValueError for other numbers of frames or indivisible resolutions.
     """
 
-    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, fold=0):
         super().__init__()
         self.dim = widths[-1]
-        stem = nn.Sequential(Stem(channels, widths[0]), ChannelNorm(widths[0]))
+        stem = nn.Sequential(Fold(channels, fold, widths[0]) if fold else Stem(channels, widths[0]),
+                             ChannelNorm(widths[0]))
         self.downsample_layers = nn.ModuleList([stem] + [
             nn.Sequential(ChannelNorm(a), nn.Conv3d(a, b, kernel_size=2, stride=2))
             for a, b in zip(widths, widths[1:])])
         self.res_blocks = nn.ModuleList([
-            nn.Sequential(*[Block(w, 3 if i < 4 else 2, layer_scale) for _ in range(n)])
+            nn.Sequential(*[Block(w, 3 if i < len(widths) - 1 else 2, layer_scale) for _ in range(n)])
             for i, (w, n) in enumerate(zip(widths, blocks))])
 
     def forward(self, x):
@@ -154,9 +178,9 @@ class Encoder(nn.Module):
             raise ValueError(f'the encoder halves time and space four times: it needs 16 frames and a resolution '
                              f'divisible by 16, not {T} frames of {H} x {W}')
         for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.res_blocks)):
-            x = downsample(x)                                            # (B, widths[i], 16/2^i, H/2^i, W/2^i)
-            if i == 4:
-                x = x.squeeze(2)                                         # (B, widths[4], H/16, W/16)
+            x = downsample(x)                                            # (B, widths[i], T, H, W), halved i times
+            if i == len(self.res_blocks) - 1:
+                x = x.squeeze(2)                                         # (B, widths[-1], H/16, W/16)
             x = blocks(x)
         return x
 
@@ -187,22 +211,23 @@ class JEPA(nn.Module):
     have no partner: they are matched at random.
     """
 
-    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6,
-                 sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5,
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, fold=0,
+                 sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, loss_rows='local',
                  standardize=False, residual=False, paired=True):
         super().__init__()
         self.standardize, self.residual, self.paired = standardize, residual, paired
-        self.encoder = Encoder(channels, widths, blocks, layer_scale)
+        self.gather = gather if loss_rows == 'global' else lambda z: z
+        self.encoder = Encoder(channels, widths, blocks, layer_scale, fold)
         self.predictor = Predictor(widths[-1], layer_scale)
         self.loss_settings = dict(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, chunks=chunks)
 
     def forward(self, context, target, generator=None):
         z, z_next = self.encoder(torch.cat([context, target])).chunk(2)  # (B, D, h, w) each
         self.embedding = z_next.detach()
-        z, z_next = gather(z), gather(z_next)                            # (world * B, D, h, w)
+        z, z_next = self.gather(z), self.gather(z_next)                  # (B or world * B, D, h, w)
         if self.standardize:
             z, z_next = standardize(z), standardize(z_next)
-        p = self.predictor(z)                                            # (world * B, D, h, w)
+        p = self.predictor(z)                                            # the same
         if self.residual:
             p = z + p
         if self.standardize:

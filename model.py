@@ -16,12 +16,16 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
 
     in the file     TITLE, its name in tables; PRESETS, {'paper' | 'nano' | (preset, system): {setting: value}}, of
                     Options and config.Config alike, which go before config.PRESETS; PAPER, {system: published error}
-                    and PAPER_FINETUNED; TERMS, {term: its name in pictures}; MLP_RATIO of its attentive probe;
+                    and PAPER_FINETUNED; PAPER_PROBE, {system: {setting of probe.attentive, or noise: value}} of the
+                    paper's probe; read_latents(folder, system), published embeddings; TERMS, {term: its name in
+                    pictures}; MLP_RATIO of its attentive probe;
                     ANY_SIZE, if it may be probed on larger fields than it was trained on (else these are tiled);
                     check(options, height, width), which raises ValueError for what will not do;
                     load_published(network, path), for --init
     in the network  after_step(), called when the optimizer has stepped (an EMA teacher moves here); `embedding`,
-                    the last one, (B, D, ...), for the log (else what the encoder gave)
+                    the last one, (B, D, ...), for the log (else what the encoder gave); undecayed(name, parameter),
+                    true for what AdamW's weight decay leaves alone; paper_finetuning(), which makes it what the paper
+                    fine-tuned
 """
 import dataclasses
 import importlib

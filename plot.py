@@ -27,7 +27,8 @@ from PIL import Image                                                    # comes
 import model as models
 import systems
 from data import find_dataset, read_file
-from eval import checkpoints, merge_rows
+from eval import checkpoints
+from tables import PUBLISHED, merge_rows
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,
@@ -118,8 +119,8 @@ def training(figure, path, names):
 
 def errors(figure, result, columns, system):
     """One panel per column (the mean, labels): test error of each encoder under each probe, log axis."""
-    rows = [name for name in result['rows'] if name != 'predict the mean' and not name.endswith(', the paper')]
-    papers = {n: r['attentive'] for n, r in result['rows'].items() if n.endswith(', the paper')}
+    rows = [name for name in result['rows'] if name != 'predict the mean' and not name.endswith(PUBLISHED)]
+    papers = {n: r['attentive'] for n, r in result['rows'].items() if n.endswith(PUBLISHED)}
     values = [r[p][c] for n in rows for r in [result['rows'][n]] for p in r for c in columns]
     low = min(values + [v for paper in papers.values() for v in paper.values()]) / 1.8
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -145,7 +146,7 @@ def errors(figure, result, columns, system):
         ax.yaxis.set_major_formatter('{x:g}')
         ax.set_xticks(range(len(rows)), [n.replace(' ', '\n', 1) for n in rows])
         ax.tick_params(axis='x', length=0)
-    axes[0].set_ylabel('error on test (MSE, z-scored)')
+    axes[0].set_ylabel(f'error on {result["split"]} (MSE, z-scored)')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
 
 

@@ -7,7 +7,8 @@ What does a frozen embedding know? Three probes read labels from it, from strong
 
 Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), labels (n, L))}, labels z-scored by the
 training split, fits on train, chooses its one setting on valid (the best epoch, the ridge strength,
-k), and returns the mean squared error of each label on test, (L,). Predicting the mean scores 1.
+k), and returns its estimates of the labels of the `scored` split, (n, L). The mean squared error of
+predicting the mean is 1.
 """
 import copy
 import math
@@ -17,18 +18,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+# The paper's code: steps of 256 windows, a cosine without warmup, the error on valid of every epoch. We take the last.
+PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
+
+
 class AttentiveProbe(nn.Module):
     """tokens (B, N, D) -> label estimates (B, L). Bardes et al.'s attentive pooler of depth one, as the paper uses it.
 
     A learned query cross-attends the layer-normed tokens (no projection after the attention, the query
     itself is not normalised), then an MLP and a linear layer. The MLP's ratio sets the probe's size: the
     paper takes 12 at width 128 and 0.25 at width 384, so that probes of different encoders match; 0: so here.
+    Dropout is on what the attention gives, inside and after the MLP, and before the linear layer.
     """
 
-    def __init__(self, dim, labels, mlp_ratio=0.0, heads=8):
+    def __init__(self, dim, labels, mlp_ratio=0.0, heads=8, dropout=0.0):
         super().__init__()
         mlp_ratio = mlp_ratio or (12.0 if dim <= 128 else 0.25)
-        self.heads = heads
+        self.heads, self.drop = heads, nn.Dropout(dropout)
         self.query = nn.Parameter(torch.empty(1, 1, dim))
         self.norm1 = nn.LayerNorm(dim)
         self.q = nn.Linear(dim, dim)
@@ -57,50 +63,51 @@ class AttentiveProbe(nn.Module):
         logits = x @ (key * query).sum(1).T * (D // self.heads)**-0.5    # (B, N, heads)
         mean = logits.softmax(1).transpose(1, 2) @ x                     # (B, heads, D): what each head attends to
         attended = value @ mean[..., None] + value_bias                  # (B, heads, D/heads, 1)
-        x = self.query[:, 0] + attended.reshape(B, D)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = self.query[:, 0] + self.drop(attended.reshape(B, D))
+        return x + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x))))))
 
     def forward(self, tokens):
-        return self.linear(self.pool(tokens))
+        return self.linear(self.drop(self.pool(tokens)))
 
 
-def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, seed=0,
-              device='cpu', tick=lambda: None):
-    """Test error of an AttentiveProbe after the epoch that was best on valid, and its number of parameters.
+def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, dropout=0.0,
+              keep_best=True, scored='test', seed=0, device='cpu', tick=lambda: None):
+    """(estimates (n, L) of an AttentiveProbe, its number of parameters).
 
-    AdamW, linear warmup then cosine to zero. `tick` is called after every epoch.
+    AdamW, linear warmup then cosine to zero; after the epoch that was best on valid, or the last if not `keep_best`.
+    `tick` is called after every epoch.
     """
     splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
     torch.manual_seed(seed)
-    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio).to(device)
+    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(tokens) / batch)
     warmup, total = warmup_epochs * per_epoch, epochs * per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup else
                                                  0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, total - warmup))))
 
-    def error(name):
-        x, y = splits[name]
+    def estimates(name):
         with torch.no_grad():
-            return (torch.cat([probe(b) for b in x.split(1024)]) - y).pow(2).mean(0)
+            return torch.cat([probe.eval()(b) for b in splits[name][0].split(1024)])
 
     generator = torch.Generator().manual_seed(seed)
     best, best_state = math.inf, None
     for _ in range(epochs):
+        probe.train()
         for index in torch.randperm(len(tokens), generator=generator).to(device).split(batch):
             optimizer.zero_grad()
             F.mse_loss(probe(tokens[index]), labels[index]).backward()
             optimizer.step()
             schedule.step()
-        now = error('valid').mean().item()
-        if now < best:
+        now = (estimates('valid') - splits['valid'][1]).pow(2).mean().item()
+        if now < best or not keep_best and math.isfinite(now):
             best, best_state = now, copy.deepcopy(probe.state_dict())
         tick()
     if best_state is None:
         raise FloatingPointError('the attentive probe diverged: its error on valid is not a number')
     probe.load_state_dict(best_state)
-    return error('test').cpu(), sum(p.numel() for p in probe.parameters())
+    return estimates(scored).cpu(), sum(p.numel() for p in probe.parameters())
 
 
 def standardize(splits):
@@ -110,27 +117,25 @@ def standardize(splits):
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
 
 
-def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5))):
-    """Test error of ridge regression on the mean token; per-row strength of the penalty chosen on valid."""
+def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'):
+    """Estimates (n, L) of ridge regression on the mean token; per-row strength of the penalty chosen on valid."""
     splits = {name: (F.pad(x, (0, 1), value=1.0), y) for name, (x, y) in standardize(splits).items()}    # last: bias
     x, y = splits['train']
     gram, moment = x.T @ x / len(x), x.T @ y / len(x)
     eye = torch.eye(gram.shape[0], dtype=gram.dtype)
-    error = lambda w, name: (splits[name][0] @ w - splits[name][1]).pow(2).mean(0)
     weights = [torch.linalg.solve(gram + s * eye, moment) for s in strengths]
-    best = min(weights, key=lambda w: error(w, 'valid').mean())
-    return error(best, 'test')
+    best = min(weights, key=lambda w: (splits['valid'][0] @ w - splits['valid'][1]).pow(2).mean())
+    return splits[scored][0] @ best
 
 
-def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100)):
-    """Test error of the mean label of the k nearest training windows, Euclidean in z-scored mean tokens; k by valid."""
+def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100), scored='test'):
+    """Mean labels (n, L) of the k nearest training windows, Euclidean in z-scored mean tokens; k by valid."""
     splits = standardize(splits)
     x, y = splits['train']
 
-    def error(name, ks):
+    def estimates(name, ks):
         nearest = torch.cdist(splits[name][0], x).topk(min(max(ks), len(x)), largest=False).indices      # (n, k)
-        return [(y[nearest[:, :k]].mean(1) - splits[name][1]).pow(2).mean(0) for k in ks]
+        return [y[nearest[:, :k]].mean(1) for k in ks]
 
-    on_valid = error('valid', ks)
-    best = min(range(len(ks)), key=lambda i: on_valid[i].mean())
-    return error('test', [ks[best]])[0]
+    on_valid = [(e - splits['valid'][1]).pow(2).mean() for e in estimates('valid', ks)]
+    return estimates(scored, [ks[min(range(len(ks)), key=on_valid.__getitem__)]])[0]

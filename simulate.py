@@ -59,12 +59,12 @@ def record(solver, frames, dt_save, step=1, tick=lambda: None):
 # ---------------------------------------------------------------------------------------------
 # The Well's format
 
-def write_well_file(path, name, pair, fields):
+def write_well_file(path, name, pair, fields, domain={}):
     """Runs of system `name` at one pair of parameters, fields as from `record`, as The Well's HDF5; atomically."""
     system = find_system(name)
     B, T, nx, ny = next(iter(fields.values())).shape[:4]
     part = path.with_name(path.name + '.part')
-    scalars = system.scalars(*pair)
+    scalars = system.scalars(*pair, **domain)
     with h5py.File(part, 'w') as f:
         f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
@@ -78,7 +78,7 @@ def write_well_file(path, name, pair, fields):
         g.attrs['spatial_dims'] = ['x', 'y']
         dataset(g, 'time', np.arange(T) * system.dt_save)
         del g['time'].attrs['time_varying']
-        for axis, points in zip('xy', system.axes(nx, ny)):
+        for axis, points in zip('xy', system.axes(nx, ny, **domain)):
             dataset(g, axis, points)
         g = f.create_group('boundary_conditions')
         for axis, n, periodic in zip('xy', (nx, ny), system.periodic):
@@ -169,7 +169,7 @@ def simulate_missing(name, p, root, seed, device):
     system = find_system(name)
     batches = [(split, p.pairs[i:i + p.files_at_once]) for split in SPLITS
                for i in range(0, len(p.pairs), p.files_at_once)]
-    path = lambda split, pair: root / 'data' / split / system.file.format(*pair)
+    path = lambda split, pair: root / 'data' / split / system.file.format(**system.scalars(*pair, **p.domain))
     missing = [(split, batch, todo) for split, batch in batches
                if (todo := [pair for pair in batch if not path(split, pair).exists()])]
     resolution = []
@@ -185,7 +185,8 @@ def simulate_missing(name, p, root, seed, device):
         for i, pair in enumerate(batch):
             mine = slice(i * runs, (i + 1) * runs)
             if pair in todo:
-                write_well_file(path(split, pair), name, pair, {k: v[mine] for k, v in fields.items()})
+                write_well_file(path(split, pair), name, pair, {k: v[mine] for k, v in fields.items()},
+                                p.domain)
                 resolution += [(tail, path(split, pair)) for tail in tails[mine]]
     bar.close()
     if resolution:

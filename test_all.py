@@ -20,6 +20,7 @@ from helpers import (CHANNELS, HERE, MODELS, RIVALS, STEPS, TINY, both_fluids, c
                      refused, run)
 from model import load_checkpoint, model_of
 from systems import system_names
+from tables import PUBLISHED
 
 
 def test_training_log_and_checkpoint(trained):
@@ -139,7 +140,7 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     assert result['parameters']['attentive probe'] == sum(
         p.numel() for p in probe.AttentiveProbe(width, 2, ratio).parameters())
     tuned = [f'{name}, fine-tuned' for name in (title, 'random init')]
-    for name in title, 'random init', *tuned, f'{title}, the paper':
+    for name in title, 'random init', *tuned, title + PUBLISHED:
         assert np.isfinite(rows[name]['attentive']['mean']) and f'\n{name} ' in table
     assert rows[tuned[0]] != rows[tuned[1]]
 
@@ -154,12 +155,13 @@ def test_several_checkpoints_in_one_table(well, trained, tmp_path):
     for name, title in ('jepa', 'JEPA'), ('mae', 'VideoMAE'):            # each its own, whatever else is in the table
         result = json.loads((tmp_path / 'out' / name / 'eval.json').read_text())
         assert list(result['rows']) == [title, 'random init', 'field statistics', 'predict the mean',
-                                        f'{title}, the paper']
+                                        title + PUBLISHED]
         assert result['run']['model'] in ('jepa', 'videomae') and result['parameters']['attentive probe'] > 0
     rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:]]
     assert rows[:8] == ['JEPA', 'JEPA, random init', 'VideoMAE', 'VideoMAE, random init', 'field statistics',
-                        'predict the mean', 'JEPA, the paper', 'VideoMAE, the paper']
-    assert 'whole domain at 32 x 32' in said and one['windows'] == two['windows'] and 'Not like with like' not in said
+                        'predict the mean', 'JEPA, the paper (valid)', 'VideoMAE, the paper (valid)']
+    assert 'whole domain at 32 x 32' in said and one['windows'] == two['windows'] and 'saw the' not in said
+    assert 'Not like with like: JEPA trained on 320 windows; VideoMAE trained on 16 windows.' in said
     table = run('eval.py', '--all', cwd=tmp_path).stdout.splitlines()
     for title, result in ('JEPA', one), ('VideoMAE', two):
         row = next(line for line in table if line.startswith(title + ' '))
@@ -185,7 +187,7 @@ def test_eval_reports_the_table(well, trained, tmp_path):
     moved, run_dir = linked(well / 'active_matter', tmp_path / 'moved' / 'active_matter'), tmp_path / 'out' / 'run'
     shutil.rmtree(moved / 'cache')
     shutil.copytree(trained, run_dir)
-    table = run('eval.py', '--epochs', 3, cwd=tmp_path, THE_WELL_DATA_DIR=moved.parent).stdout    # the newest in out/
+    table = run('eval.py', '--split', 'test', '--epochs', 3, cwd=tmp_path, THE_WELL_DATA_DIR=moved.parent).stdout
     assert (moved / 'cache').exists()
     result = json.loads((run_dir / 'eval.json').read_text())
     assert {'system', 'split', 'labels', 'rows', 'seconds', 'parameters'} <= result.keys()
@@ -213,7 +215,7 @@ def test_fluids_train_and_evaluate(fluids, tmp_path, name):
     run('eval.py', '--epochs', 2, cwd=tmp_path)
     result = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())
     assert result['labels'] == (['Reynolds', 'Schmidt'] if name == 'shear_flow' else ['Prandtl', 'Rayleigh'])
-    paper = result['rows'].pop('JEPA, the paper')
+    paper = result['rows'].pop('JEPA' + PUBLISHED)
     assert paper == {'attentive': {'mean': 0.38 if name == 'shear_flow' else 0.13}}
     assert all(np.isfinite(list(scores.values())).all() for row in result['rows'].values() for scores in row.values())
 

@@ -76,12 +76,22 @@ def load_batch(data, c, step, micro):
     local = c.micro_batch // WORLD
     first = micro * c.micro_batch + RANK * local                         # this rank's part of the step's windows
     chosen = window_order(len(data.windows), c.seed, step * c.batch, c.batch)[first:first + local]
-    views = [(0, WINDOW)] if c.paired else [(0, FRAMES), (FRAMES, FRAMES)]             # (first frame, frames)
-    parts = [data.load(data.windows[chosen] + (0, offset), frames, c.crop, c.augment,
-                       seeds=[(c.seed, 2 + v, step, first + i) for i in range(local)])
-             for v, (offset, frames) in enumerate(views)]
+    windows = data.windows[chosen]                                       # (local, 2): run, first frame
+    views = [(windows, WINDOW)] if c.views == 'paired' else [(windows, FRAMES), (windows + (0, FRAMES), FRAMES)]
+    if c.views == 'other-time':
+        last = data.fields.shape[2] - FRAMES
+        views[1] = np.array([(run, other_time(t, last, (c.seed, 4, step, first + i)))
+                             for i, (run, t) in enumerate(windows)]), FRAMES
+    parts = [data.load(where, frames, c.crop, c.augment, seeds=[(c.seed, 2 + v, step, first + i) for i in range(local)])
+             for v, (where, frames) in enumerate(views)]
     data.release()
     return torch.cat(parts, dim=2)
+
+
+def other_time(t, last, seed):
+    """A first frame in 0..last whose 16 frames are none of those from t on."""
+    free = [s for s in range(last + 1) if abs(s - t) >= FRAMES]
+    return free[np.random.default_rng(seed).integers(len(free))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,7 +113,7 @@ def open_data(c):
     """(folder, Split) of the training data; the first rank simulates or caches what is missing, the others wait."""
     if RANK > 0:
         dist.barrier()
-    root, system, _ = find_dataset(c.data, c.data_dir, build=RANK == 0)
+    root, system, _ = find_dataset(c.data, c.data_dir, build=RANK == 0, seed=c.seed)
     data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
@@ -121,7 +131,7 @@ def initial_model(c, module, options, data, state):
     path = models.checkpoint_of(c.init)
     start = state or (models.load_checkpoint(path) if c.init and models.is_checkpoint(path) else None)
     inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic,
-                           (c.crop, c.crop) if c.crop else tuple(data.fields.shape[-2:]), c.paired,
+                           (c.crop, c.crop) if c.crop else tuple(data.fields.shape[-2:]), c.views == 'paired',
                            start['inputs']['published'] if start else bool(c.init))
     mean, std = data.normalization(c.normalize)
     model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype)
@@ -210,6 +220,15 @@ def train_step(model, forward, optimizer, batches, c, step):
     return sums
 
 
+def parameter_groups(network, weight_decay):
+    """What AdamW is given: all parameters decay, but those of which the network's own `undecayed` says otherwise."""
+    undecayed = getattr(network, 'undecayed', lambda name, parameter: False)
+    groups = {}
+    for name, parameter in network.named_parameters():
+        groups.setdefault(0.0 if undecayed(name, parameter) else weight_decay, []).append(parameter)
+    return [{'params': parameters, 'weight_decay': decay} for decay, parameters in groups.items()]
+
+
 def embedding_health(z):
     """Mean std of the channels and effective rank of embeddings (B, D, ...): a collapse shows in either.
 
@@ -253,7 +272,7 @@ def train(c, module, options):
     if state:
         check_resumable(c, options, steps, state, checkpoint)
     model = initial_model(c, module, options, data, state)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
+    optimizer = torch.optim.AdamW(parameter_groups(model.network, c.weight_decay), lr=c.lr, betas=(0.9, 0.95),
                                   fused=c.device == 'cuda')
     if state:
         optimizer.load_state_dict(state['optimizer'])

@@ -25,6 +25,7 @@ from common import at_least, check_state, option, published_state
 
 TITLE = 'VideoMAE'
 PAPER = {'active_matter': 0.160, 'shear_flow': 0.67, 'rayleigh_benard': 0.18}          # table 1, attentive probe
+PAPER_PROBE = {'shear_flow': dict(noise=0.1, dropout=0.1)}                # as its probe was trained there
 TERMS = {'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}      # what the log's terms are in pictures
 SIZES = {'nano': (64, 4, 2), 'tiny': (192, 12, 3), 'small': (384, 12, 6)}              # width, depth, heads
 
@@ -43,7 +44,8 @@ class Options:
 
 
 PRESETS = {
-    'paper': dict(noise=0.0, lr=1.5e-4),                                 # its target is the pixels: no noise on them
+    # its target is the pixels: no noise on them. A window is two clips, so this is the paper's batch of 256
+    'paper': dict(noise=0.0, batch=128, lr=1.5e-4, min_lr=1e-5),
     'nano': dict(size='nano', patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75,
                  steps=1200, lr=1.5e-3, warmup_epochs=0.3)}
 
@@ -293,6 +295,10 @@ class VideoMAE(nn.Module):
                     nn.init.xavier_uniform_(layer.weight)
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
+
+    def undecayed(self, name, parameter):
+        """As VideoMAE is trained: no weight decay on biases, norms and the mask token."""
+        return parameter.ndim == 1 or name == 'mask_token'
 
     def reconstruct(self, patches, masked):
         """Patches (B, N, pixels, C), masked (B, h * w) with equally many True in each row -> (prediction, hidden).

@@ -211,19 +211,31 @@ class Attention(nn.Module):
         return self.output_head(self.norm2(out)).view(B, T, D, h, w)
 
 
+def drop_path(y, share, training):
+    """Stochastic depth: in training, a residual y (B, ...) of a sample is left out with probability `share`."""
+    if not training or share == 0:
+        return y
+    kept = torch.rand(len(y), *[1] * (y.ndim - 1), device=y.device) >= share
+    return y * kept / (1 - share)
+
+
 class Temporal(Attention):
     """Attention along time, each patch on its own; residual with layer scale. Its norms are plain instance norms."""
+
+    dropped = 0.0                                                        # share, of stochastic depth
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__(dim, heads, norm=lambda dim: nn.InstanceNorm2d(dim, affine=True))
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x, axes):                                          # (B, T, D, h, w)
-        return x + self.gamma.view(-1, 1, 1) * self.attend(x, axes)
+        return x + drop_path(self.gamma.view(-1, 1, 1) * self.attend(x, axes), self.dropped, self.training)
 
 
 class Spatial(Attention):
     """Axial attention along h and w, each frame on its own, then an MLP; residuals with layer scale."""
+
+    dropped = 0.0
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__(dim, heads, norm=RMSInstanceNorm)
@@ -233,9 +245,9 @@ class Spatial(Attention):
         self.mlp_norm = RMSInstanceNorm(dim)
 
     def forward(self, x, axes):                                          # (B, T, D, h, w)
-        x = x + self.gamma_att.view(-1, 1, 1) * self.attend(x, axes)
+        x = x + drop_path(self.gamma_att.view(-1, 1, 1) * self.attend(x, axes), self.dropped, self.training)
         y = self.mlp(x.movedim(2, -1)).movedim(-1, 2)                    # (B, T, D, h, w)
-        return x + self.gamma_mlp.view(-1, 1, 1) * self.mlp_norm(y)
+        return x + drop_path(self.gamma_mlp.view(-1, 1, 1) * self.mlp_norm(y), self.dropped, self.training)
 
 
 class Block(nn.Module):
@@ -331,6 +343,13 @@ class MPP(nn.Module):
             z, mean, std = self.encoder(x)
             self.embedding = z[:, -1].detach()                           # (B, D, H/16, W/16)
             return self.encoder.decode(z[:, -1], mean, std)
+
+    def paper_finetuning(self):
+        """As the paper's script has it: every axis periodic, stochastic depth that grows to 0.2 in the last block."""
+        self.encoder.periodic = True, True
+        for i, block in enumerate(self.encoder.blocks):
+            share = 0.2 * i / max(1, len(self.encoder.blocks) - 1)
+            block.temporal.dropped = block.spatial.dropped = share
 
     def features(self, x):
         """The encoder's tokens of the last time step: (B, C, 16, H, W) -> (B, N = H/16 * W/16, D)."""

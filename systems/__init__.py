@@ -25,6 +25,7 @@ class Preset:
     files_at_once: int      # pairs advanced in one batch
     about: str
     settings: dict = field(default_factory=dict)                         # of the function that starts the solver
+    domain: dict = field(default_factory=dict)                           # its size, where it is not The Well's
 
 
 @dataclass
@@ -37,7 +38,7 @@ class System:
     shown: dict = field(default_factory=dict)                            # label in the files -> for people
     symbols: dict = field(default_factory=dict)                          # label for people -> in pictures
     picture: tuple = ()              # channels whose magnitude a picture shows; (): the first channel
-    statistics: callable = None      # {channel: (B, T, H, W)} -> (B, S), what to compute without training
+    statistics: callable = None      # ({channel: (B, T, H, W)}, numerics.Grid) -> {name: (B,)}, without training
     # what the paper does with it (arXiv 2603.13227)
     crop: tuple = ((0, 1), (0, 1))   # (from, to) of x and of y that is kept, as fractions of the file's grid
     resolution: int = 0              # side the fields are resized to; 0 keeps the file's
@@ -45,13 +46,13 @@ class System:
     noise: float = 0.0               # std of the Gaussian noise on the input fields
     lr: float = 1e-4
     epochs: float = 30.0
-    warmup_epochs: float = 6.0
+    probe_windows: tuple = (None, None)                                  # at most, of train and of valid, in its probe
     # how it is simulated and written; without a solver it is not
     solver: callable = None          # (pairs, [[seed, split, pair, run]], Preset, device) -> solver
     dt_save: float = 0.0             # time between frames
-    scalars: callable = None         # the two parameters -> The Well's scalars
-    file: str = ''                   # name of a pair's file
-    axes: callable = None            # grid -> coordinates of x and y
+    scalars: callable = None         # the two parameters, **domain -> The Well's scalars
+    file: str = ''                   # name of a pair's file, with those in it
+    axes: callable = None            # grid, **domain -> coordinates of x and y
     presets: dict = field(default_factory=dict)
 
     def part(self, whole):
@@ -61,8 +62,7 @@ class System:
 
     def protocol(self):
         """The paper's settings, for train.py."""
-        return {name: getattr(self, name) for name in ('resolution', 'stride', 'noise', 'lr', 'epochs',
-                                                       'warmup_epochs')}
+        return {name: getattr(self, name) for name in ('resolution', 'stride', 'noise', 'lr', 'epochs')}
 
     def name_of(self, label):
         """A label of the files as people know it."""

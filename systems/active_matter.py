@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from systems import Preset, System
-from systems.numerics import gradient, mean_square, periodic_wavenumbers, share_of_tail, to_grid
+from systems.numerics import periodic_wavenumbers, share_of_tail, to_grid
 
 BOX = 10.0              # side of the periodic box, in rod lengths
 D_T, D_R = 0.05, 0.05   # translational and rotational diffusion
@@ -171,34 +171,38 @@ def active_matter_start(N, seed, dtype=torch.float32, device='cpu', modes=8, amp
 def solver(pairs, keys, p, device):
     """The solver of a batch of runs. pairs: their parameters; keys: [seed, split, pair, run] of each."""
     c, m = map(torch.stack, zip(*[active_matter_start(p.grid[0], key, device=device) for key in keys]))
-    return ActiveMatter(*zip(*pairs), c, m, **p.settings)
+    return ActiveMatter(*zip(*pairs), c, m, **p.settings, **p.domain)
 
 
-def statistics(f):
-    """Of the nematic order |m| = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, the flow, and the power E:D: (B, 19)."""
+def statistics(f, grid):
+    """Of the order |m| / c = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, the flow, and the power E:D: {name: (B,)}."""
     order = ((f['D_xx'] - f['D_yy'])**2 + 4 * f['D_xy']**2).sqrt() / f['concentration']
-    flat = order.flatten(1)
-    levels = torch.tensor([.02, .1, .25, .5, .75, .9, .98], device=order.device)
-    quantiles = torch.quantile(flat[:, ::4], levels, dim=1).T
+    levels = (.02, .1, .25, .5, .75, .9, .98)
+    quantiles = torch.quantile(order.flatten(1)[:, ::4], torch.tensor(levels, device=order.device), dim=1)
     velocity, strain, D = (f['velocity_x'], f['velocity_y']), (f['E_xx'], f['E_xy']), (f['D_xx'], f['D_xy'])
-    change = lambda *fields: mean_square(*(v.diff(dim=1) for v in fields))
-    squares = [mean_square(*velocity), mean_square(*strain), gradient(*D), change(*D), gradient(*strain),
-               change(*velocity), change(*strain), change(order), mean_square(order.diff(dim=2))]
-    power = (f['E_xx'] * (f['D_xx'] - f['D_yy']) + 2 * f['E_xy'] * f['D_xy']).flatten(1).mean(1)
-    drift = order[:, -1].flatten(1).mean(1) - order[:, 0].flatten(1).mean(1)
-    return torch.cat([quantiles, torch.stack([flat.mean(1), drift, power], 1),
-                      torch.stack([(s + 1e-8).log() for s in squares], 1)], 1)
+    change = lambda *fields: grid.mean_square(*map(grid.rate, fields))
+    squares = {'velocity': grid.mean_square(*velocity), 'strain': grid.mean_square(*strain), 'D gradient':
+               grid.gradient(*D), 'D change': change(*D), 'strain gradient': grid.gradient(*strain),
+               'velocity change': change(*velocity), 'strain change': change(*strain), 'order change': change(order),
+               'order gradient': grid.gradient(order)}
+    return {**{f'order, quantile {level}': q for level, q in zip(levels, quantiles)}, 'order': grid.mean(order),
+            'order drift': grid.mean(order[:, -1:] - order[:, :1]),
+            'power': grid.mean(f['E_xx'] * (f['D_xx'] - f['D_yy']) + 2 * f['E_xy'] * f['D_xy']),
+            **{name: (value + 1e-8).log() for name, value in squares.items()}}
 
 
 PAIRS = [(float(alpha), float(zeta)) for alpha in (-1, -2, -3, -4, -5) for zeta in range(1, 18, 2)]
 SYSTEM = System(
     periodic=(True, True), symmetries=tuple(range(8)), symbols={'alpha': 'α', 'zeta': 'ζ'},
     picture=('velocity_x', 'velocity_y'), statistics=statistics,
-    resolution=224, stride=1, noise=1.0, lr=1e-3, epochs=30.0, warmup_epochs=2.0,
-    solver=solver, dt_save=0.25, scalars=lambda alpha, zeta: {'L': BOX, 'zeta': zeta, 'alpha': alpha},
-    file='active_matter_L_10.0_zeta_{1}_alpha_{0}.hdf5', axes=lambda nx, ny: [np.arange(n) * BOX / n for n in (nx, ny)],
+    resolution=224, stride=1, noise=1.0, lr=1e-3, epochs=30.0,
+    solver=solver, dt_save=0.25, scalars=lambda alpha, zeta, box=BOX: {'L': box, 'zeta': zeta, 'alpha': alpha},
+    file='active_matter_L_{L}_zeta_{zeta}_alpha_{alpha}.hdf5',
+    axes=lambda nx, ny, box=BOX: [np.arange(n) * box / n for n in (nx, ny)],
     presets={
         'nano': Preset((64, 64), 81, PAIRS, dict(train=3, valid=1, test=1), 9,
-                       '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.25 / 12)),
+                       '64 x 64, 81 frames, 45 pairs, 225 runs, in a box of 5 with a translational diffusion of 0.12, '
+                       'which this grid resolves: 3.3 GB, 3 minutes on 2 cores', dict(dt=0.25 / 12, d_t=0.12),
+                       dict(box=5.0)),
         'well': Preset((256, 256), 81, PAIRS, dict(train=3, valid=1, test=1), 3,
                        '256 x 256, 81 frames, 45 pairs, 225 runs: 53 GB; for a GPU, not timed', dict(dt=0.005))})

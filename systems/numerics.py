@@ -86,31 +86,62 @@ class ExponentialSolver:
 # ---------------------------------------------------------------------------------------------
 # statistics: what a physicist would compute before training anything
 
-def mean_square(*fields):
-    """Of the sum of squares of fields (B, ...): (B,)."""
-    return sum(f.square().flatten(1).mean(1) for f in fields)
+class Grid:
+    """Derivatives and means of fields (B, T, H, W) on points x (H,), y (W,), frames dt apart.
+
+    Central differences over the points' own distances, one-sided at the ends; a point stands for the cell that
+    reaches half way to its neighbours, so that means are over the area also where points crowd at a wall.
+    """
+
+    def __init__(self, x, y, dt):
+        self.points, self.dt = [torch.as_tensor(v, dtype=torch.float32) for v in (x, y)], float(dt)
+        self.area = torch.outer(*(torch.gradient(v)[0] for v in self.points))
+        self.area /= self.area.sum()                                     # (H, W)
+
+    def derivative(self, f, axis):
+        """d/dx (axis 0) or d/dy (axis 1)."""
+        return torch.gradient(f, spacing=(self.points[axis].to(f.device),), dim=axis + 2)[0]
+
+    def rate(self, f):
+        """Change from frame to frame over time, (B, T - 1, H, W)."""
+        return f.diff(dim=1) / self.dt
+
+    def mean(self, f):
+        """Over area and time: (B,)."""
+        return (f * self.area.to(f.device)).sum((-2, -1)).mean(1)
+
+    def mean_square(self, *fields):
+        """Of the sum of squares: (B,)."""
+        return sum(self.mean(f.square()) for f in fields)
+
+    def gradient(self, *fields):
+        """Mean square of the gradients: (B,)."""
+        return self.mean_square(*(self.derivative(f, axis) for f in fields for axis in (0, 1)))
 
 
-def gradient(*fields):
-    """Mean square of the differences between neighbours in x and y, of fields (B, T, H, W): (B,)."""
-    return mean_square(*(f.diff(dim=d) for f in fields for d in (2, 3)))
+def log(x):
+    return (x.abs() + 1e-10).log()
 
 
-def fluid_statistics(u, v, s, power, duration):
-    """Of a flow (u, v) and the scalar s it carries, (B, T, H, W) each: (B, 15), logs.
+def fluid_statistics(u, v, s, power, grid):
+    """Of a flow (u, v) and the scalar s it carries, (B, T, H, W) each, power (B,) that drives it: {name: (B,) log}.
 
     Sizes of velocity, vorticity, scalar and their gradients, and the diffusivities that the window's budgets
-    suggest: what the mean squares of velocity, vorticity and scalar lose in time over what diffusion takes
-    from them, 2 nu or 2 kappa times the mean square of the gradients. `power` (B,) is what drives the flow,
-    for `duration` time units.
+    suggest: what the mean squares of velocity, vorticity and scalar lose in time, halved, over what a diffusivity
+    of one would take, the mean square of the gradients. They hold where nothing flows through the edges.
     """
-    w = v.diff(dim=2)[..., :-1] - u.diff(dim=3)[..., :-1, :]
-    log = lambda x: (x.abs() + 1e-10).log()
-    lost = lambda *fields: mean_square(*(x[:, 0] for x in fields)) - mean_square(*(x[:, -1] for x in fields))
-    mixed = s - s.mean((2, 3), keepdim=True)
-    sizes = [mean_square(u), mean_square(v), mean_square(w), gradient(w), mean_square(mixed), gradient(s),
-             gradient(s.diff(dim=2)), mean_square(s.diff(dim=1)), mean_square(w.diff(dim=1)), power,
-             gradient(s[..., :2]), gradient(s[..., -2:])]
-    budgets = [log(lost(u, v) / 2 + power * duration) - log(mean_square(w)), log(lost(w)) - log(gradient(w)),
-               log(lost(mixed)) - log(gradient(s))]
-    return torch.stack([log(x) for x in sizes] + budgets, 1)
+    w = grid.derivative(v, 0) - grid.derivative(u, 1)
+    duration = grid.dt * (u.shape[1] - 1)
+    lost = lambda *fields: sum(grid.mean(f[:, :1].square() - f[:, -1:].square()) for f in fields) / 2
+    mixed = s - (s * grid.area.to(s.device)).sum((-2, -1), keepdim=True)
+    wall = lambda a, b: ((s[..., a] - s[..., b]) / (grid.points[1][a] - grid.points[1][b]).to(s.device))
+    size, slope = grid.mean_square, grid.gradient
+    out = {'velocity x': size(u), 'velocity y': size(v), 'vorticity': size(w), 'vorticity gradient': slope(w),
+           'scalar': size(mixed), 'scalar gradient': slope(s), 'scalar curvature': slope(grid.derivative(s, 0)),
+           'scalar change': size(grid.rate(s)), 'vorticity change': size(grid.rate(w)), 'power': power,
+           'flux at the lower edge': wall(0, 1).square().flatten(1).mean(1),
+           'flux at the upper edge': wall(-1, -2).square().flatten(1).mean(1),
+           'viscosity by energy': (lost(u, v) + power * duration) / (size(w) * duration + 1e-10),
+           'viscosity by enstrophy': lost(w) / (slope(w) * duration + 1e-10),
+           'diffusivity': lost(mixed) / (slope(s) * duration + 1e-10)}
+    return {name: log(value) for name, value in out.items()}

@@ -191,10 +191,10 @@ def solver(pairs, keys, p, device):
     return RayleighBenard(*zip(*pairs), torch.stack(b))
 
 
-def statistics(f):
+def statistics(f, grid):
     """Of the flow and its buoyancy b, which puts in the power <v b>."""
-    u, v, b = f['velocity_x'], f['velocity_y'], f['buoyancy']
-    return fluid_statistics(u, v, b, power=(v * b).flatten(1).mean(1), duration=0.25 * (u.shape[1] - 1))
+    v, b = f['velocity_y'], f['buoyancy']
+    return fluid_statistics(f['velocity_x'], v, b, grid.mean(v * b), grid)
 
 
 PRANDTL = 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0
@@ -202,9 +202,10 @@ with_prandtl = lambda rayleigh: [(r, p) for p in PRANDTL for r in rayleigh]
 SYSTEM = System(
     periodic=(True, False), symmetries=(0, 1),                           # gravity leaves only x -> -x
     log_labels=('Rayleigh',), symbols={'Rayleigh': 'Ra', 'Prandtl': 'Pr'}, picture=('buoyancy',), statistics=statistics,
-    crop=((0.375, 0.625), (0, 1)), resolution=224, stride=4, noise=0.0, lr=1e-4, epochs=30.0, warmup_epochs=6.0,
+    crop=((0.375, 0.625), (0, 1)), resolution=224, stride=4, noise=0.0, lr=1e-4, epochs=30.0,
+    probe_windows=(20480, 9600),
     solver=solver, dt_save=0.25, scalars=lambda rayleigh, prandtl: {'Prandtl': prandtl, 'Rayleigh': rayleigh},
-    file='rayleigh_benard_Rayleigh_{0:g}_Prandtl_{1:g}.hdf5',
+    file='rayleigh_benard_Rayleigh_{Rayleigh:g}_Prandtl_{Prandtl:g}.hdf5',
     axes=lambda nx, ny: [np.arange(nx) * 4 / nx, chebyshev_nodes(ny)],
     presets={
         'nano': Preset((96, 32), 80, with_prandtl((2.5e3, 8e3, 2.5e4, 8e4)), dict(train=3, valid=1, test=1), 4,

@@ -83,26 +83,54 @@ def shear_flow_start(Nx, Ny, n_shear, n_blobs, width, dtype=torch.float32, devic
     return torch.stack([u, v]).to(device, dtype), u.to(device, dtype)
 
 
+def random_start(Nx, Ny, layers, seed, dtype=torch.float32, device='cpu'):
+    """As `shear_flow_start`, but with places, thicknesses, jumps and blobs of each layer, and long waves, of its own.
+
+    The jumps alternate in sign and add up to zero, so that the whole is periodic. No two seeds have nearly the same.
+    """
+    rng = np.random.default_rng(seed)
+    place = 2 * (np.arange(layers) + rng.uniform(-0.3, 0.3, layers)) / layers + rng.uniform(-1, 1)
+    jump = np.where(np.arange(layers) % 2, -1, 1) * rng.uniform(0.4, 1.6, layers)
+    jump = (jump - jump.mean()) * rng.choice([-1, 1])
+    thickness, amplitude = 0.2 * rng.uniform(1, 2, layers) / layers, rng.uniform(0.05, 0.25, layers)
+    blobs, phase = rng.integers(1, 4, layers), rng.uniform(0, 2 * np.pi, layers)
+    x, y = np.arange(Nx)[:, None] / Nx, -1 + 2 * np.arange(Ny)[None, :] / Ny
+    u, v = np.full((Nx, Ny), rng.uniform(-0.5, 0.5)), np.zeros((Nx, Ny))
+    for wave in 1, 2, 3:
+        u = u + 0.2 * rng.normal() * np.sin(np.pi * wave * y + rng.uniform(0, 2 * np.pi))
+    for k in range(layers):
+        for period in -4, -2, 0, 2, 4:
+            q = (y - place[k] - period) / thickness[k]
+            u = u + jump[k] / 2 * np.tanh(q)
+            v = v + amplitude[k] * np.sin(2 * np.pi * blobs[k] * x + phase[k]) * np.exp(-q**2)
+    u, v = (torch.tensor(f, dtype=dtype, device=device) for f in (u, v))
+    return torch.stack([u, v]), u
+
+
 def solver(pairs, keys, p, device):
     """The solver of a batch of runs. pairs: their parameters; keys: [seed, split, pair, run] of each.
 
-    Starts are an enumerable few: shuffled, dealt out to the splits, and taken in turns there.
+    The Well's starts are an enumerable few: shuffled, dealt out to the splits, and taken in turns there. A preset
+    with `layers` draws each run's own.
     """
+    fine = [n * p.settings['refine'] for n in p.grid]
+    if 'layers' in p.settings:
+        starts = [random_start(*fine, p.settings['layers'], key, device=device) for key in keys]
+        return ShearFlow(*zip(*pairs), *map(torch.stack, zip(*starts)))
     starts = list(itertools.product(*p.settings['starts']))
     ends = np.round(np.cumsum([0, *p.runs.values()]) / sum(p.runs.values()) * len(starts)).astype(int)
 
     def start(seed, split, pair, run):
         mine = np.random.default_rng(seed).permutation(len(starts))[ends[split]:ends[split + 1]]
         n_shear, n_blobs, width = starts[mine[(pair * list(p.runs.values())[split] + run) % len(mine)]]
-        fine = (n * p.settings['refine'] for n in p.grid)
         return shear_flow_start(*fine, n_shear, n_blobs, width, device=device)
     return ShearFlow(*zip(*pairs), *map(torch.stack, zip(*[start(*key) for key in keys])))
 
 
-def statistics(f):
+def statistics(f, grid):
     """Of the flow and its tracer; nothing drives it."""
     u = f['velocity_x']
-    return fluid_statistics(u, f['velocity_y'], f['tracer'], power=u.new_zeros(len(u)), duration=0.0)
+    return fluid_statistics(u, f['velocity_y'], f['tracer'], u.new_zeros(len(u)), grid)
 
 
 SCHMIDT = 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0
@@ -111,15 +139,15 @@ SYSTEM = System(
     periodic=(True, True), symmetries=tuple(range(8)), log_labels=('Rayleigh',),
     shown={'Rayleigh': 'Reynolds'},                                      # the files call the Reynolds number Rayleigh
     symbols={'Reynolds': 'Re', 'Schmidt': 'Sc'}, picture=('tracer',), statistics=statistics,
-    crop=((0, 1), (0, 0.5)), resolution=224, stride=4, noise=1.0, lr=1e-4, epochs=6.0, warmup_epochs=6.0,
+    crop=((0, 1), (0, 0.5)), resolution=224, stride=4, noise=1.0, lr=1e-4, epochs=6.0, probe_windows=(20480, 9600),
     solver=solver, dt_save=0.1, scalars=lambda reynolds, schmidt: {'Rayleigh': reynolds, 'Schmidt': schmidt},     # sic
-    file='shear_flow_Reynolds_{0:g}_Schmidt_{1:g}.hdf5',
+    file='shear_flow_Reynolds_{Rayleigh:g}_Schmidt_{Schmidt:g}.hdf5',
     axes=lambda nx, ny: [np.arange(nx) / nx, -1 + 2 * np.arange(ny) / ny],
     presets={
         'nano': Preset((48, 96), 80, with_schmidt((80.0, 160.0, 320.0, 640.0)), dict(train=3, valid=1, test=1), 7,
                        '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs at Reynolds 80 to 640, 140 runs, each of '
-                       'four layers, so that every crop of 32 x 32 sees one: 0.8 GB, 2 minutes on 2 cores',
-                       dict(refine=2, starts=((4,), (2, 3, 4, 5), tuple(1 + i / 40 for i in range(41))))),
+                       'four layers, so that every crop of 32 x 32 sees one, at places of its own: 0.8 GB, 2 minutes '
+                       'on 2 cores', dict(refine=2, layers=4)),
         'well': Preset((256, 512), 200, with_schmidt((1e4, 5e4, 1e5, 5e5)), dict(train=32, valid=4, test=4), 1,
                        '256 x 512 (solved at 1024 x 2048), 200 frames, 28 pairs, 1120 runs: 470 GB; for a GPU, '
                        'not timed',

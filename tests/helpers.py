@@ -92,7 +92,7 @@ def make_miniature(folder, seed=0):
         presets = find_system('active_matter').presets
         patch.setitem(presets, 'nano', dataclasses.replace(
             presets['nano'], grid=(GRID, GRID), pairs=[(a, z) for a in ALPHAS for z in ZETAS], runs=RUNS,
-            files_at_once=3, settings={'dt': 0.0625}))
+            files_at_once=3, settings={'dt': 0.0625}, domain={}))
         return simulate.make_dataset('active_matter', folder, 'nano', seed)
 
 

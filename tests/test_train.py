@@ -70,7 +70,7 @@ def test_settings_of_every_preset(row, tmp_path, monkeypatch):
     model, preset, system, resolution, flags, *numbers = row.split()
     c, _, options = config.parse(['--model', model, '--preset', preset, '--data', system], '')
     assert c.resolution == int(resolution)
-    assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.paired)) == flags
+    assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.views == "paired")) == flags
     assert [c.crop, c.stride, c.noise, c.batch, c.micro_batch, c.epochs, c.steps, c.lr, c.warmup_epochs] == [
         float(v) for v in numbers]
     assert (c.weight_decay, c.min_lr) == (0.05, 1e-6)

@@ -1,0 +1,179 @@
+"""
+Tables of errors: of one evaluation, the paper's table 1, and, over seeds, those of README.md and NOTES.md.
+
+    python tables.py              # write every table in README.md and NOTES.md anew, from results/*.json
+    python tables.py --check      # only say whether they are what results/ gives
+
+Such a table stands between `<!-- results: NAME NAME -->` and `<!-- /results -->`; NAME stands for the files
+results/NAME-seed*.json, copies of the eval.json of runs that differ in their seeds. `parameters` among the names
+gives a column to each parameter.
+"""
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import option, parse, script, write_text
+
+import numpy as np
+
+PROBES = 'attentive', 'linear', 'knn'
+PUBLISHED = ', the paper (valid)'                                        # ends the name of a published row
+SHARED = 'field statistics', 'predict the mean'                          # rows that do not depend on the run
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Settings:
+    check: bool = option(False, 'write nothing; exit code 2 if a table is not what results/ gives', 'what', bare=True)
+
+
+def interval(by_run, draws=2000):
+    """95% bootstrap interval of the mean of errors by run, (R,): runs, not their windows, are drawn anew."""
+    by_run = np.asarray(by_run)
+    drawn = by_run[np.random.default_rng(0).integers(len(by_run), size=(draws, len(by_run)))].mean(1)
+    return np.quantile(drawn, [0.025, 0.975]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# one evaluation
+
+def merge_rows(results, key='rows'):
+    """The rows of several runs' eval.json as one table's; what the runs share stands once. key: 'rows' or 'by_run'."""
+    rows, shared, paper = {}, {}, {}
+    for r in results:
+        name = r['row']
+        while name in rows:                                              # several runs of one model
+            name += "'"
+        for title, row in r[key].items():
+            if title.endswith(PUBLISHED):
+                paper[title] = row
+            elif title in SHARED:
+                shared.setdefault(title, row)
+            else:
+                own = name + title[len(r['row']):] if title.startswith(r['row']) else title
+                rows[own if own.startswith(name) or len(results) == 1 else f'{name}, {own}'] = row
+    return rows | shared | paper
+
+
+def print_table(results):
+    """Rows = encoders, columns = labels under each probe: mean squared error of z-scored labels, and its interval."""
+    rows, by_run = merge_rows(results), merge_rows(results, 'by_run')
+    first = results[0]
+    columns = [*first['labels'], 'mean']
+    width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
+    print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split (guessing the mean: 1)\n')
+    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in PROBES)).rstrip())
+    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in PROBES))
+    for name, row in rows.items():
+        cell = lambda p, c: f'{row[p][c]:{each}.3f}' if c in row.get(p, {}) else f'{"-":>{each}}'
+        print(f'{name:{width}}' + '   '.join(''.join(cell(p, c) for c in columns) for p in PROBES))
+    runs = len(next(iter(by_run['predict the mean'].values())))
+    print(f'\n95% intervals of the means, over {runs} {first["split"]} runs drawn anew\n')
+    for name, row in by_run.items():
+        cells = [f'[{low:.3f}, {high:.3f}]' if p in row else '-' for p in PROBES
+                 for low, high in [interval(row.get(p, [0]))]]
+        if name != 'predict the mean':
+            print(f'{name:{width}}' + '   '.join(f'{cell:>{each * len(columns)}}' for cell in cells))
+    print('\n'.join(['', *caveats(results)]))
+
+
+def caveats(results):
+    """What must be said of a table, a line each."""
+    said, unlike = [], {}
+    for what, of in (('saw the', lambda r: r['field'].partition(',')[0]),
+                     ('trained on', lambda r: f'{r["run"]["windows_seen"]:,} windows'),
+                     ('has the seeds', lambda r: ', '.join(f'{k} {v}' for k, v in r['seeds'].items()))):
+        if len({of(r) for r in results}) > 1:
+            unlike[what] = '; '.join(f'{r["row"]} {what} {of(r)}' for r in results)
+    if unlike:
+        said += ['Not like with like: ' + '. '.join(unlike.values()) + '.', '']
+    if results[0]['split'] == 'valid':
+        said += ['The probes chose their settings on these windows: a table to tune by. The one to report is --split '
+                 'test.', '']
+    if any(r['run']['preset'] == 'smoke' for r in results):
+        said += ['A smoke run: these numbers mean nothing.', '']
+    return said
+
+
+def print_table_one(cells, models, systems, seen, split):
+    """cells: {(system, model): error}; models: {name: (title, {system: published}, star)}; seen: of eval.table_one."""
+    width = max(20, *(len(system) + 2 for system in systems))
+    print(f'MSE of z-scored parameters, mean over those of a system, attentive probe: measured on {split} | the paper, '
+          f'on valid\n')
+    print(' ' * 12 + ''.join(f'{system:>{width}}' for system in systems))
+    for name, (title, paper, star) in models.items():
+        published = {s: f'{paper[s]:.3f}{star}' if s in paper else '-' for s in systems}
+        print(f'{title:12}' + ''.join(f'{cells.get((s, name), "not run") + " | " + published[s]:>{width}}'
+                                      for s in systems))
+    print('\n* fine-tuned end to end; the others are frozen')
+    for system, ways in seen.items():
+        if len(ways) > 1:
+            print(f'{system}, not like with like: '
+                  + '; '.join(f'{", ".join(names)}: {how}' for how, names in ways.items()))
+
+
+# ---------------------------------------------------------------------------------------------
+# over seeds
+
+def summary(names, folder):
+    """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds."""
+    each, names = 'parameters' in names, [name for name in names if name != 'parameters']
+    rows, sample = defaultdict(list), None
+    for name in names:
+        files = sorted(folder.glob(f'{name}-seed[0-9]*.json'))
+        if not files:
+            raise ValueError(f'no {folder}/{name}-seed*.json')
+        variant = name.partition('-nano')[2].lstrip('-')
+        for file in files:
+            sample = r = json.loads(file.read_text())
+            title = f'{r["row"]}, {variant}' if variant else r['row']
+            for row, by_probe in r['rows'].items():
+                own = title if row == r['row'] else row if row in SHARED else f'{title}: {row}'
+                if not row.endswith(PUBLISHED) and row != 'predict the mean':
+                    seen = r['run']['windows_seen'] if row == r['row'] else None
+                    rows[own].append((by_probe, r['by_run'][row], seen))
+    columns = [*sample['labels'], 'mean'] if each else ['mean']
+    head = [f'{p}: {c}' if each else p for p in PROBES for c in columns]
+    lines = ['| ' + ' | '.join([sample['system'], 'seeds', 'windows seen', *head]) + ' |',
+             '|---' * (3 + len(head)) + '|']
+    for title, found in rows.items():
+        cells = []
+        for p in PROBES:
+            for c in columns:
+                values = [by_probe[p][c] for by_probe, _, _ in found if p in by_probe]
+                spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
+                cell = f'{np.mean(values):.3f}{spread}' if values else '-'
+                if values and c == 'mean':
+                    cell += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
+                cells.append(cell)
+        windows = sorted({seen for _, _, seen in found if seen is not None})
+        seen = ' to '.join(f'{w:,}' for w in dict.fromkeys((windows[0], windows[-1]))) if windows else '-'
+        lines.append(f'| {title} | {len(found)} | {seen} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def with_tables(text, folder):
+    """A Markdown text with every table between its markers made anew."""
+    table = lambda match: f'{match[1]}\n{summary(match[2].split(), folder)}\n{match[3]}'
+    return re.sub(r'(<!-- results: ([^>]*) -->)\n.*?(<!-- /results -->)', table, text, flags=re.DOTALL)
+
+
+@script
+def main(argv=None):
+    args, = parse(__doc__, Settings, argv)
+    for page in HERE / 'README.md', HERE / 'NOTES.md':
+        text = page.read_text()
+        new = with_tables(text, HERE / 'results')
+        if new == text:
+            print(f'{page.name}: every table is what results/ gives')
+        elif args.check:
+            raise ValueError(f'{page.name} has other numbers than results/: python tables.py writes them')
+        else:
+            write_text(page, new)
+            print(f'{page.name}: written')
+
+
+if __name__ == '__main__':
+    main()
