@@ -361,13 +361,13 @@ def evaluate_latents(args):
               f'second is scored')
         args.split = 'test'
         seed = max(args.seed, 0)
-        rows, size = probes(splits, module, args, seed, pick_device(args.device), title)
-        rows['predict the mean'] = {p: torch.zeros_like(splits['test'][1]) for p in PROBES}
+        estimates, _ = probes(splits, module, args, seed, pick_device(args.device), title)
+        rows = {title: estimates, 'predict the mean': {p: torch.zeros_like(splits['test'][1]) for p in PROBES}}
         scores, by_run = scored(rows, splits['test'][1], np.arange(len(z) - half), labels)
         if args.data in getattr(module, 'PAPER', {}):
             scores[module.TITLE + PUBLISHED] = {'attentive': {'mean': module.PAPER[args.data]}}
         print_table([{'system': args.data, 'split': 'second half of the valid', 'labels': labels, 'row': title,
-                      'rows': scores, 'by_run': by_run, 'field': '', 'seeds': {},
+                      'rows': scores, 'by_run': by_run, 'unit': 'windows', 'field': '', 'seeds': {},
                       'run': {'windows_seen': 0, 'preset': ''}}])
 
 

@@ -70,7 +70,7 @@ def print_table(results):
         cell = lambda p, c: f'{row[p][c]:{each}.3f}' if c in row.get(p, {}) else f'{"-":>{each}}'
         print(f'{name:{width}}' + '   '.join(''.join(cell(p, c) for c in columns) for p in PROBES))
     runs = len(next(iter(by_run['predict the mean'].values())))
-    print(f'\n95% intervals of the means, over {runs} {first["split"]} runs drawn anew\n')
+    print(f'\n95% intervals of the means, over {runs} {first["split"]} {first.get("unit", "runs")} drawn anew\n')
     for name, row in by_run.items():
         cells = [f'[{low:.3f}, {high:.3f}]' if p in row else '-' for p in PROBES
                  for low, high in [interval(row.get(p, [0]))]]

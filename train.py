@@ -220,13 +220,14 @@ def train_step(model, forward, optimizer, batches, c, step):
     return sums
 
 
-def parameter_groups(network, weight_decay):
-    """What AdamW is given: all parameters decay, but those of which the network's own `undecayed` says otherwise."""
+def optimizer_of(network, c):
+    """AdamW with the paper's betas; all parameters decay, but those of which the network's own `undecayed` is true."""
     undecayed = getattr(network, 'undecayed', lambda name, parameter: False)
     groups = {}
     for name, parameter in network.named_parameters():
-        groups.setdefault(0.0 if undecayed(name, parameter) else weight_decay, []).append(parameter)
-    return [{'params': parameters, 'weight_decay': decay} for decay, parameters in groups.items()]
+        groups.setdefault(0.0 if undecayed(name, parameter) else c.weight_decay, []).append(parameter)
+    return torch.optim.AdamW([{'params': parameters, 'weight_decay': decay} for decay, parameters in groups.items()],
+                             lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
 
 
 def embedding_health(z):
@@ -272,8 +273,7 @@ def train(c, module, options):
     if state:
         check_resumable(c, options, steps, state, checkpoint)
     model = initial_model(c, module, options, data, state)
-    optimizer = torch.optim.AdamW(parameter_groups(model.network, c.weight_decay), lr=c.lr, betas=(0.9, 0.95),
-                                  fused=c.device == 'cuda')
+    optimizer = optimizer_of(model.network, c)
     if state:
         optimizer.load_state_dict(state['optimizer'])
         step, seconds = state['step'], state['seconds']

@@ -90,20 +90,20 @@ def random_start(Nx, Ny, layers, seed, dtype=torch.float32, device='cpu'):
     """
     rng = np.random.default_rng(seed)
     place = 2 * (np.arange(layers) + rng.uniform(-0.3, 0.3, layers)) / layers + rng.uniform(-1, 1)
-    jump = np.where(np.arange(layers) % 2, -1, 1) * rng.uniform(0.4, 1.6, layers)
+    jump = np.where(np.arange(layers) % 2, -1, 1) * rng.uniform(0.4, 1.2, layers)
     jump = (jump - jump.mean()) * rng.choice([-1, 1])
-    thickness, amplitude = 0.2 * rng.uniform(1, 2, layers) / layers, rng.uniform(0.05, 0.25, layers)
+    thickness, amplitude = 0.2 * rng.uniform(1, 2, layers) / layers, rng.uniform(0.05, 0.15, layers)
     blobs, phase = rng.integers(1, 4, layers), rng.uniform(0, 2 * np.pi, layers)
     x, y = np.arange(Nx)[:, None] / Nx, -1 + 2 * np.arange(Ny)[None, :] / Ny
-    u, v = np.full((Nx, Ny), rng.uniform(-0.5, 0.5)), np.zeros((Nx, Ny))
+    u, v = np.zeros((Nx, Ny)), np.zeros((Nx, Ny))
     for wave in 1, 2, 3:
-        u = u + 0.2 * rng.normal() * np.sin(np.pi * wave * y + rng.uniform(0, 2 * np.pi))
+        u = u + 0.1 * rng.normal() * np.sin(np.pi * wave * y + rng.uniform(0, 2 * np.pi))
     for k in range(layers):
         for period in -4, -2, 0, 2, 4:
             q = (y - place[k] - period) / thickness[k]
             u = u + jump[k] / 2 * np.tanh(q)
             v = v + amplitude[k] * np.sin(2 * np.pi * blobs[k] * x + phase[k]) * np.exp(-q**2)
-    u, v = (torch.tensor(f, dtype=dtype, device=device) for f in (u, v))
+    u, v = (torch.tensor(f - f.mean(), dtype=dtype, device=device) for f in (u, v))
     return torch.stack([u, v]), u
 
 

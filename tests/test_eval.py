@@ -7,9 +7,12 @@ import h5py
 import pytest
 import torch
 
+import data
 import eval as evaluation
+import probe
 from helpers import MODELS, TINY, files_of, linked
-from model import load_checkpoint
+from model import find_model, load_checkpoint
+from systems import find_system
 from train import main as train
 
 QUICK = ['--epochs', '1', '--stride', '16']
@@ -78,7 +81,7 @@ def test_tables_say_what_differs(well, here, capsys):
     assert 'active_matter, not like with like: ' in says(capsys, '--all')
     made(well, 'out/b2', model='videomae')
     evaluation.main(['out/b2', '--epochs', '2', '--stride', '16'])
-    assert 'windows 16 frames apart, epochs 2' in says(capsys, '--all')
+    assert 'windows 16 frames apart, split valid, probe ours, epochs 2' in says(capsys, '--all')
     evaluation.main(['out/b2', *QUICK])
     assert 'not like' not in says(capsys, '--all')
 
@@ -156,3 +159,101 @@ def test_epochs_go_before_a_presets_steps(well, here, capsys):
     train([str(v) for v in (*[f for f in TINY if f not in ('--steps', 40)], '--data-dir', well, '--epochs', 0.05,
                             '--out', 'out/a')])
     assert load_checkpoint('out/a/ckpt.pt')['steps'] == 2                # of 6 runs x 50 windows, 8 at a time
+
+
+def test_the_split_that_is_asked_for_is_scored(well, here, capsys):
+    """Errors of its runs alone; valid, the default, is said to be one to tune by. --all does not mix splits."""
+    root = linked(well / 'active_matter', here / 'data' / 'active_matter')
+    shutil.rmtree(root / 'cache', ignore_errors=True)
+    files_of(root, 'test')[0].unlink()
+    made(root.parent, 'out/a')
+    for split, runs in ('valid', 4), ('test', 3):
+        said = says(capsys, *([] if split == 'valid' else ['--split', split]), *QUICK)
+        result = json.loads((here / 'out/a/eval.json').read_text())
+        assert result['split'] == split and f'over {runs} {split} runs drawn anew' in said
+        assert ('a table to tune by' in said) == (split == 'valid')
+        for row in result['by_run'].values():
+            assert {len(errors) for errors in row.values()} == {runs}
+        for row, by_probe in result['by_run'].items():
+            for p, errors in by_probe.items():
+                assert sum(errors) / runs == pytest.approx(result['rows'][row][p]['mean'], rel=1e-4)
+    assert 'measured on valid' in says(capsys, '--all', *QUICK)
+    assert json.loads((here / 'out/a/eval.json').read_text())['split'] == 'valid'
+    for flags in ['--split', 'train'], ['--probe', 'mine'], ['--split', 'test', '--probe', 'paper'], [
+            '--finetune', 'best'], ['--latents', 'nowhere']:
+        with pytest.raises(SystemExit):
+            evaluation.main(flags)
+        assert flags[0] in capsys.readouterr().err
+
+
+def test_seeds_reach_data_and_probe(well, here, capsys, monkeypatch):
+    """A dataset that is missing is simulated from the run's seed; its probe has it too; the table says which seed did
+    what."""
+    asked = []
+    monkeypatch.setattr(data.simulate, 'make_dataset', lambda name, root, **how: asked.append(how))
+    data.find_dataset('active_matter', here / 'new', build=True, seed=7)
+    assert asked == [{'seed': 7}]
+    made(well, 'out/a', '--seed', 3)
+    assert 'seeds: data none, training 3, probe 3' in says(capsys, *QUICK)
+    (well / 'active_matter' / 'simulated.json').write_text('{"preset": "nano", "seed": 5}')
+    try:
+        assert 'seeds: data 5, training 3, probe 4' in says(capsys, '--seed', 4, *QUICK)
+    finally:
+        (well / 'active_matter' / 'simulated.json').unlink()
+    assert json.loads((here / 'out/a/eval.json').read_text())['seeds'] == {'data': 5, 'training': 3, 'probe': 4}
+
+
+def test_probes_see_the_noise_of_training(well, here):
+    """Of the std that training had, or that the paper's probe has; on the normalised fields."""
+    made(well, 'out/a', '--noise', 0.5)
+    run = evaluation.Run('out/a', evaluation.Settings())
+    model = run.model('cpu')
+    model.network.features = lambda x: x.flatten(2)
+    x = run.splits['test'].load(run.windows['test'][:4], frames=16)
+    clean = model.embed(x)
+    for noise, std in (None, 0.5), (0.1, 0.1), (0.0, 0.0):
+        added = run.encode(model, noise=noise)(x) - clean
+        assert added.std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_the_papers_probe(well, here, capsys, monkeypatch):
+    """Its settings, the model's own for that system, and at most so many windows of train and valid."""
+    made(well, 'out/a', model='videomae')
+    seen = []
+    attentive = probe.attentive
+    monkeypatch.setattr(evaluation.probe, 'attentive', lambda splits, *args, **settings: seen.append(
+        ({k: len(x) for k, (x, _) in splits.items()}, settings)) or attentive(splits, *args, **settings))
+    monkeypatch.setattr(find_model('videomae'), 'PAPER_PROBE', {'active_matter': dict(noise=0.1, dropout=0.2)})
+    monkeypatch.setattr(find_system('active_matter'), 'probe_windows', (20, 9))
+    says(capsys, '--probe', 'paper', '--epochs', 2, '--stride', 16)
+    windows, settings = seen[0]
+    assert (windows['train'], windows['valid']) == (20, 9)
+    assert {k: settings[k] for k in ('batch', 'warmup_epochs', 'keep_best', 'dropout', 'scored')} == dict(
+        batch=256, warmup_epochs=0, keep_best=False, dropout=0.2, scored='valid')
+    run = evaluation.Run('out/a', evaluation.Settings())
+    run.probe_on(16, (20, 9))
+    chosen = run.windows['train'].tolist()
+    run.probe_on(16)
+    assert len(chosen) == 20 and all(w in run.windows['train'].tolist() for w in chosen)
+    assert len({r for r, _ in chosen}) == len(run.splits['train'].runs)               # drawn, not the first ones
+    assert run.targets['train'].shape == (len(run.windows['train']), 2)
+
+
+@pytest.mark.parametrize('blank', [None, 50])
+def test_published_latents_have_a_row(here, capsys, blank):
+    """DISCO's: train and half of valid teach and choose, the other half is scored (badly, if it says nothing)."""
+    g = torch.Generator().manual_seed(0)
+    for split, n in ('train', 400), ('valid', 100):
+        (here / 'latents' / split).mkdir(parents=True)
+        labels = torch.stack([10**torch.randint(1, 5, (n,), generator=g).float(),
+                              torch.randint(1, 9, (n,), generator=g).float()], 1)
+        z = torch.randn(n, 16, generator=g) * 0.1
+        z[:, 0], z[:, 1] = labels[:, 0].log10(), labels[:, 1]
+        if split == 'valid' and blank:
+            z[blank:] = z.mean(0)
+        torch.save({'theta_latent': z, 'labels': labels}, here / 'latents' / split / 'batch_0.pt')
+    said = says(capsys, '--latents', 'latents', '--data', 'shear_flow', '--epochs', 2)
+    assert '400 / 50 / 50 windows' in said and 'second half of the valid' in said and 'Reynolds' in said
+    row = next(line for line in said.splitlines() if line.startswith('DISCO, published latents  '))
+    linear = [float(v) for v in row.split()[-6:-3]]
+    assert 'DISCO, the paper (valid)' in said and (min(linear) > 0.5 if blank else max(linear) < 0.05)

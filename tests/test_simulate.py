@@ -11,6 +11,9 @@ import simulate
 from helpers import (ALPHAS, CHANNELS, FLUIDS, GRID, NAME, RUNS, ZETAS, attributes, both_fluids, derivatives, files_of,
                      linked, make_miniature, make_published, read_bytes)
 from systems import find_system
+from systems.active_matter import active_matter_start
+from systems.rayleigh_benard import rayleigh_benard_start
+from systems.shear_flow import random_start
 
 
 def test_simulated_files_have_the_wells_format(mini):
@@ -160,6 +163,27 @@ def test_no_initial_condition_is_in_two_splits(fluids, name):
                 starts[split] |= {x[0].tobytes() for x in f[field]}
                 assert len({x[0].tobytes() for x in f[field]}) == len(f[field])
     assert not starts['train'] & starts['test'] and not (starts['train'] | starts['test']) & starts['valid']
+
+
+@pytest.mark.parametrize('name', ['active_matter', 'shear_flow', 'rayleigh_benard'])
+def test_no_two_splits_begin_nearly_alike(name):
+    """All starts of nano: a run of valid or test is at least a fifth, in relative L2, from every run of train."""
+    system, p = find_system(name), find_system(name).presets['nano']
+    grid = [n // 2 for n in p.grid]
+    starts = {}
+    for s, (split, runs) in enumerate(p.runs.items()):
+        keys = [[0, s, pair, run] for pair in range(len(p.pairs)) for run in range(runs)]
+        if name == 'shear_flow':
+            fields = [random_start(*grid, p.settings['layers'], key)[0] for key in keys]
+        elif name == 'active_matter':
+            fields = [torch.view_as_real(active_matter_start(grid[0], key)[1]) for key in keys]
+        else:                                                            # at the same db, what breaks the symmetry
+            fields = [rayleigh_benard_start(*grid, 1.0, key, p.settings['noise']) for key in keys]
+            fields = [b - b.mean(0) for b in fields]
+        starts[split] = torch.stack([f.flatten() for f in fields])
+    for split in 'valid', 'test':
+        distance = torch.cdist(starts[split], starts['train']) / starts[split].norm(dim=1, keepdim=True)
+        assert distance.min() > 0.2, split
 
 
 def test_unresolved_runs_are_named(tmp_path, capsys):
