@@ -41,11 +41,11 @@ class Options:
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
 
 
-NANO = dict(views='unpaired', loss_rows='global', widths=(8, 16, 32, 64, 32), blocks=(0, 1, 1, 1, 1), layer_scale=1.0,
-            residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, batch=64, micro_batch=64, steps=1200, lr=3e-3)
+NANO = dict(views='unpaired', loss_rows='global', fold=64, widths=(32, 64, 64, 32), blocks=(0, 1, 1, 1),
+            layer_scale=1.0, residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
+            batch=64, micro_batch=64, steps=400, lr=3e-3)
 PRESETS = {'paper': {}, 'nano': NANO,
-           ('nano', 'shear_flow'): dict(cov_coeff=0.4, steps=700),
-           ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4, steps=400)}
+           ('nano', 'shear_flow'): dict(cov_coeff=0.4), ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4)}
 
 
 def check(options, height, width):

@@ -82,6 +82,20 @@ torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
         assert torch.equal(ranks[0][k], ranks[1][k]) and torch.equal(ranks[0][k], two[k]), k
 
 
+def test_local_rows_are_those_of_one_process(well, tmp_path):
+    """--loss-rows local on two ranks: the loss of one process with half the micro-batch, as the official code has it."""
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / 'train.py']
+    flags = [*TINY, '--data-dir', well, '--dtype', 'float64', '--noise', 0, '--crop', 0, '--views', 'paired',
+             '--chunks', 1, '--standardize', 'false', '--steps', 10]     # nothing in the loss is drawn at random
+    run('train.py', *flags, '--loss-rows', 'local', '--micro-batch', 4, '--out', 'one', cwd=tmp_path)
+    run(torchrun, *flags, '--loss-rows', 'local', '--micro-batch', 8, '--out', 'two', cwd=tmp_path)
+    run('train.py', *flags, '--loss-rows', 'global', '--micro-batch', 8, '--out', 'all', cwd=tmp_path)
+    one, two, whole = (np.array(losses(tmp_path / name)) for name in ('one', 'two', 'all'))
+    assert np.allclose(two, one, rtol=1e-5, atol=0) and (np.abs(whole - one) / one)[:, 3].min() > 1e-3         # cov
+    weights = [load_checkpoint(tmp_path / name / 'ckpt.pt')['model'] for name in ('one', 'two')]
+    assert all(torch.allclose(weights[0][k], weights[1][k], rtol=0, atol=1e-6) for k in weights[0])
+
+
 def test_ranks_with_disks_of_their_own_resume_together(well, tmp_path):
     """Only the first rank has a checkpoint. Killed and started again, all go on where it stood."""
     (tmp_path / 'ranks.py').write_text(f"""

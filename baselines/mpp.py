@@ -41,7 +41,8 @@ class Options:
 
 PRESETS = {                                                              # it standardises its inputs itself
     'paper': dict(noise=0.0),
-    'nano': dict(crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=800, lr=3e-3)}
+    'nano': dict(crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=1600,
+                 lr=3e-3)}
 
 
 def size_of(options):
