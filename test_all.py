@@ -83,7 +83,7 @@ torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
 
 
 def test_local_rows_are_those_of_one_process(well, tmp_path):
-    """--loss-rows local on two ranks: the loss of one process with half the micro-batch, as the official code has it."""
+    """--loss-rows local on two ranks: one process's loss at half the micro-batch, as in the official code."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / 'train.py']
     flags = [*TINY, '--data-dir', well, '--dtype', 'float64', '--noise', 0, '--crop', 0, '--views', 'paired',
              '--chunks', 1, '--standardize', 'false', '--steps', 10]     # nothing in the loss is drawn at random

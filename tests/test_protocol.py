@@ -1,7 +1,8 @@
 """The protocol to the letter: what only a long run would show is pinned here, with its source.
 
 Sources: [T] the paper's text, arXiv 2603.13227; [C] its code, helenqu/physical-representation-learning at bb77f7b;
-[V] VideoMAE's code, MCG-NJU/VideoMAE; [M] MPP's, PolymathicAI/multiple_physics_pretraining; [O] ours, NOTES.md says why.
+[V] VideoMAE's code, MCG-NJU/VideoMAE; [M] MPP's, PolymathicAI/multiple_physics_pretraining; [O] ours, NOTES.md says
+why.
 """
 from dataclasses import asdict
 

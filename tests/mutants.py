@@ -1,0 +1,118 @@
+"""
+Do the tests bite? Breaks one line at a time, in a copy, and runs the tests that should notice.
+
+    python tests/mutants.py                # all: about fifteen minutes on a core
+    python tests/mutants.py betas noise    # those with one of these words in their line
+
+A mutant that passes its tests has survived: exit code 1, and a test is missing. Not part of the test suite.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'statistics'))
+PROBE, TRAIN, VICREG, TABLES = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg', 'tables'))
+RANKS = 'test_all.py -k two_ranks_equal_one_process'
+
+MUTANTS = [                                                              # file, what stands there, what instead, tests
+    # the loop
+    ('train.py', 'betas=(0.9, 0.95)', 'betas=(0.9, 0.999)', PROTOCOL),
+    ('config.py', "weight_decay: float = of_optimisation(0.05", "weight_decay: float = of_optimisation(0.0", PROTOCOL),
+    ('config.py', 'warmup_epochs=0.5)}', 'warmup_epochs=0.0)}', TRAIN + ' -k settings'),
+    ('train.py', '0.5 * (1 + math.cos', '0.5 * (0.8 + math.cos', TRAIN + ' -k schedule'),
+    ('train.py', '[seed, 1, epoch]', '[seed, 1]', TRAIN + ' -k every_window'),
+    ('train.py', "(losses['loss'] / accumulate).backward()", "losses['loss'].backward()", RANKS),
+    ('train.py', 'model.network.after_step()', 'pass', 'tests/test_house.py -k model_is_one_file'),
+    ('train.py', 'dist.broadcast_object_list(state, src=0)', 'pass', 'test_all.py -k disks_of_their_own'),
+    ('train.py', 'if c.noise > 0:', 'if False:', PROTOCOL),
+    ('train.py', 'x = x + c.noise * torch.randn', 'x = x + torch.randn', PROTOCOL),
+    ('model.py', 'enabled=self.mixed', 'enabled=False', PROTOCOL),
+    ('config.py', "'paper': dict(dtype='float32')", "'paper': dict(dtype='bfloat16')", PROTOCOL),
+    ('train.py', '(c.seed, 2 + v, step, first + i)', '(c.seed, 2, step, first + i)', PROTOCOL),
+    ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
+    ('videomae.py', "parameter.ndim == 1 or name == 'mask_token'", 'parameter.ndim == 1', PROTOCOL),
+    # settings of the paper
+    ('systems/shear_flow.py', 'lr=1e-4', 'lr=1e-3', PROTOCOL),
+    ('systems/shear_flow.py', 'epochs=6.0', 'epochs=30.0', PROTOCOL),
+    ('systems/shear_flow.py', 'stride=4', 'stride=1', PROTOCOL),
+    ('systems/shear_flow.py', 'noise=1.0', 'noise=0.0', PROTOCOL),
+    ('jepa.py', "'active_matter': 0.079", "'active_matter': 0.160", PROTOCOL),
+    ('jepa.py', "loss_rows: str = option('local'", "loss_rows: str = option('global'", PROTOCOL),
+    # losses
+    ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
+    ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
+    ('vicreg.py', 'grad.chunk(world)[rank] * world', 'grad.chunk(world)[rank]', RANKS + ' -k jepa'),
+    ('jepa.py', "gather if loss_rows == 'global'", "gather if loss_rows == 'any'", RANKS + ' -k jepa'),
+    ('jepa.py', 'p = z + p', 'p = p + 0', 'tests/test_jepa.py'),
+    ('videomae.py', 'rank * batch:(rank + 1) * batch', ':batch', 'tests/test_videomae.py -k ranks'),
+    # data
+    ('data.py', 'np.log10(self.scalars[n]) if n in', 'self.scalars[n] if n in', DATA + ' tests/test_model.py'),
+    ('data.py', "settings = f'{split}-{resolution or", "settings = f'train-{resolution or", DATA),
+    ('data.py', "{path.name} {s.st_size} {s.st_mtime_ns}", "{path.name}", DATA),
+    ('data.py', 'channels.index(source)], sign, out', 'channels.index(source)], 1, out', DATA),
+    ('data.py', 'out[..., nx:, :ny] = field[..., :h - nx', 'out[..., nx:, :ny] = field[..., nx:h', DATA),
+    ('data.py', 'np.maximum(self.std, 1e-3)', 'np.maximum(self.std, 1e-9)', DATA),
+    ('simulate.py', '[seed, SPLITS.index(split),', '[seed, 0,', 'tests/test_simulate.py -k splits'),
+    ('simulate.py', '[seed, SPLITS.index(split),', '[0, SPLITS.index(split),',
+     'tests/test_active_matter.py -k reproducible'),
+    ('systems/shear_flow.py', 'rng.uniform(-1, 1)\n', '0.0\n', 'tests/test_simulate.py -k nearly_alike'),
+    # statistics
+    ('systems/numerics.py', 'derivative(v, 0) - grid', 'derivative(v, 0) + grid', STATISTICS),
+    ('systems/numerics.py', '(f * self.area.to(f.device)).sum((-2, -1)).mean(1)', 'f.mean((1, 2, 3))', STATISTICS),
+    ('systems/numerics.py', 'return f.diff(dim=1) / self.dt', 'return f.diff(dim=1)', STATISTICS),
+    ('systems/active_matter.py', "+ 2 * f['E_xy']", "+ f['E_xy']", STATISTICS),
+    ('systems/rayleigh_benard.py', 'grid.mean(v * b)', 'grid.mean(b)', STATISTICS),
+    # probes, fine-tuning and tables
+    ('probe.py', 'torch.randperm(len(tokens), generator=generator)', 'torch.arange(len(tokens))', PROTOCOL),
+    ('probe.py', 'weight_decay=0.01, warmup', 'weight_decay=0.1, warmup', PROTOCOL),
+    ('probe.py', 'warmup_epochs=2, dropout', 'warmup_epochs=0, dropout', PROTOCOL),
+    ('probe.py', "estimates('valid') - splits['valid'][1]", "estimates('test') - splits['test'][1]", PROBE),
+    ('probe.py', "splits['valid'][0] @ w - splits['valid'][1]", "splits['train'][0] @ w - splits['train'][1]", PROBE),
+    ('probe.py', '((x - mean) / std, splits', '(x - mean, splits', PROBE),
+    ('eval.py', 'if noise > 0:', 'if False:', EVAL),
+    ('eval.py', 'scored=args.split, seed=seed', "scored='test', seed=seed", EVAL),
+    ('eval.py', "self.probe_seed = args.seed if args.seed >= 0 else c.seed", 'self.probe_seed = 0', EVAL + ' -k seeds'),
+    ('eval.py', 'splits |= {', 'splits = {"train": splits["train"]} | {', EVAL + ' -k latents'),
+    ('finetune.py', "'params': model.parameters(), 'lr': lr}", "'params': model.parameters(), 'lr': 0.0}", PROTOCOL),
+    ('finetune.py', "torch.optim.Adam([", "torch.optim.AdamW([", PROTOCOL),
+    ('finetune.py', 'factor=0.5, patience=5', 'factor=0.1, patience=5', PROTOCOL),
+    ('baselines/mpp.py', 'share = 0.2 * i', 'share = 0.1 * i', PROTOCOL),
+    ('tables.py', '[0.025, 0.975]', '[0.25, 0.75]', TABLES),
+    ('tables.py', 'np.std(values, ddof=1)', 'np.std(values, ddof=0)', TABLES),
+]
+
+
+def survives(file, old, new, tests, folder):
+    """Do the tests pass although the line is broken?"""
+    house = Path(shutil.copytree(HERE, folder / 'house', ignore=shutil.ignore_patterns(
+        '.git', 'data', 'out', '__pycache__', '.pytest_cache', '.venv', 'venv')))
+    text = (house / file).read_text()
+    if text.count(old) < 1:
+        raise SystemExit(f'error: {file} has no {old!r}: mend tests/mutants.py')
+    (house / file).write_text(text.replace(old, new, 1))
+    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', *tests.split()], cwd=house, capture_output=True,
+                       text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if p.returncode not in (0, 1):
+        raise SystemExit(f'error: {tests}: {p.stdout}{p.stderr}')
+    return p.returncode == 0
+
+
+def main():
+    words = sys.argv[1:]
+    survivors = 0
+    for file, old, new, tests in MUTANTS:
+        if words and not any(word in ' '.join((file, old, new, tests)) for word in words):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            alive = survives(file, old, new, tests, Path(folder))
+        survivors += alive
+        print('SURVIVED' if alive else 'killed  ', f'{file}: {old.strip()} -> {new.strip()}', flush=True)
+    sys.exit(survivors > 0)
+
+
+if __name__ == '__main__':
+    main()
