@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import math
+import platform
 import subprocess
 import sys
 import time
@@ -164,6 +165,12 @@ def keep_freed_memory():
         libc = ctypes.CDLL('libc.so.6')
         for parameter, value in (-4, 0), (-1, 2**31 - 1), (-2, 2**28):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(parameter, value)
+
+
+def machine():
+    """What this runs on, in words."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f'{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, PyTorch {torch.__version__}'
 
 
 def git_hash():

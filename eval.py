@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (FRAMES, SPLITS, Progress, at_least, data_folder, git_hash, option, parse, peak_memory, pick_device,
-                    script, write_bytes, write_text)
+from common import (FRAMES, SPLITS, Progress, at_least, data_folder, git_hash, machine, option, parse, peak_memory,
+                    pick_device, script, write_bytes, write_text)
 
 import numpy as np
 import torch
@@ -260,7 +260,7 @@ def result_of(run, args, rows, parameters, seconds):
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
-            'probe': {k: getattr(args, k) for k in TUNED}, 'evaluated_by': git_hash(),
+            'probe': {k: getattr(args, k) for k in TUNED}, 'evaluated_by': git_hash(), 'machine': machine(),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}

@@ -204,7 +204,7 @@ def test_eval_reports_the_table(well, trained, tmp_path):
     table = run('eval.py', '--split', 'test', '--epochs', 3, cwd=tmp_path, THE_WELL_DATA_DIR=moved.parent).stdout
     assert (moved / 'cache').exists()
     result = json.loads((run_dir / 'eval.json').read_text())
-    assert {'system', 'split', 'labels', 'rows', 'seconds', 'parameters'} <= result.keys()
+    assert {'system', 'split', 'labels', 'rows', 'by_run', 'seeds', 'machine', 'parameters'} <= result.keys()
     assert (result['system'], result['split'], result['labels']) == ('active_matter', 'test', ['alpha', 'zeta'])
     for name in 'JEPA', 'random init', 'field statistics', 'predict the mean':
         for scores in result['rows'][name].values():
