@@ -46,7 +46,7 @@ class Config:
                                    'shares can be predicted; other-time, that and any other 16 frames of the run')
     init: str = option('', 'weights to start from: the folder of another run, or a published file')
     batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
-    micro_batch: int = of_optimisation(8, 'windows per forward pass, over all ranks: the loss sees these together')
+    micro_batch: int = of_optimisation(0, 'windows per forward pass, over all ranks; 0: 8 for each rank')
     epochs: float = of_optimisation(System.epochs, 'passes over the training windows')
     steps: int = of_optimisation(-1, 'optimizer steps; -1: as many as the epochs need; 0: save the initial weights')
     lr: float = of_optimisation(System.lr, 'peak learning rate')
@@ -121,8 +121,8 @@ def preset_of(module, preset, system):
 
 def finish(c):
     """Fill in what depends on the rest of a Config, and raise ValueError for what will not do."""
-    at_least(c, 1, 'stride', 'batch', 'micro_batch', 'save_every')
-    at_least(c, 0, 'resolution', 'crop', 'noise', 'min_lr', 'warmup_epochs', 'weight_decay', 'seed')
+    at_least(c, 1, 'stride', 'batch', 'save_every')
+    at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs', 'weight_decay', 'seed')
     at_least(c, -1, 'steps')
     for name in 'lr', 'epochs':
         if getattr(c, name) <= 0:
@@ -138,7 +138,7 @@ def finish(c):
         c.dtype = 'bfloat16' if c.device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if c.dtype not in ('float32', 'bfloat16', 'float64'):
         raise ValueError(f'unknown dtype {c.dtype!r}: choose from float32, bfloat16, float64')
-    c.micro_batch = min(c.micro_batch, c.batch)
+    c.micro_batch = min(c.micro_batch or 8 * WORLD, c.batch)
     if c.batch % c.micro_batch:
         raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
     if c.micro_batch % WORLD:
@@ -152,7 +152,9 @@ def finish(c):
 
 
 def check_size(c, module, options, shape):
-    """Raise ValueError if the model cannot be trained, or probed, on fields of `shape`."""
+    """Raise ValueError if the model cannot be trained, or probed, on fields of `shape`, or with these views."""
+    if getattr(module, 'PAIRED', False) and c.views != 'paired':
+        raise ValueError(f'{models.title(c.model)} predicts the next frame at its place: it takes --views paired')
     if c.crop > min(shape):
         raise ValueError(f'crop {c.crop} is larger than the fields, {shape[0]} x {shape[1]}')
     sizes = [(c.crop, c.crop)] if c.crop else []

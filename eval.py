@@ -38,7 +38,7 @@ from finetune import epochs_of, finetune
 from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
-TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed'                  # what a row depends on besides its windows
+TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Run:
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
         self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
-                       for s in SPLITS}
+                       for s in SPLITS if s != 'test' or 'test' == args.split or args.save_embeddings}
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
@@ -106,17 +106,17 @@ class Run:
                          for name, w in windows.items()}
 
     def probe_on(self, stride, most=(None, None)):
-        """Set `windows` and `targets`; `most`: so many of train and of valid, drawn at random, None for all."""
+        """Set `windows` and `targets`; `most`: so many of train and of valid, the same for all runs; None: all."""
         self.stride = stride
         self.windows, self.targets = self.windows_at(stride)
         for name, n in zip(SPLITS, most):
             if n is not None and n < len(self.windows[name]):
-                chosen = np.sort(np.random.default_rng(self.probe_seed).permutation(len(self.windows[name]))[:n])
+                chosen = np.sort(np.random.default_rng(0).permutation(len(self.windows[name]))[:n])
                 self.windows[name], self.targets[name] = self.windows[name][chosen], self.targets[name][chosen]
 
     def field(self):
         """What of a window the encoder is given, in words."""
-        (H, W), (h, w) = self.splits['test'].fields.shape[-2:], self.state['inputs']['size']
+        (H, W), (h, w) = self.splits['train'].fields.shape[-2:], self.state['inputs']['size']
         part = 'whole domain' if self.c.whole or self.system.crop == ((0, 1), (0, 1)) else "paper's part of the domain"
         tiles = len(models.tile_starts(H, h)) * len(models.tile_starts(W, w))
         tiled = f', in {tiles} tiles of {h} x {w}' if tiles > 1 and not getattr(self.module, 'ANY_SIZE', False) else ''
@@ -220,7 +220,7 @@ def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
     device = pick_device(args.device)
     runs = [Run(path, args) for path in paths]
-    same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [r.splits[s].files for s in SPLITS])
+    same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [split.files for split in r.splits.values()])
     if any(same(r) != same(runs[0]) for r in runs):
         raise ValueError('the checkpoints are of different systems or datasets: a table is about one')
     most = runs[0].system.probe_windows if args.probe == 'paper' else ()
@@ -303,7 +303,7 @@ def table_one(args):
         error = (tuned or known['rows'][known['row']])['attentive']['mean']
         cells[system, model] = f'{error:.3f}' + '*' * bool(tuned)
         how = ', '.join([known['field'].partition(',')[0], f'windows {known["stride"]} frames apart',
-                         *(f'{k} {v}' for k, v in known['probe'].items())])
+                         *(f'{k} {v}' for k, v in known['probe'].items() if not k.startswith('finetune'))])
         seen.setdefault(system, {}).setdefault(how, []).append(known['row'])
     columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in cells)]))
     modules = {name: models.find_model(name) for name in models.model_names()}
@@ -319,8 +319,7 @@ def known_result(path, args):
     asked = {k: getattr(args, k) for k in (*TUNED, 'stride') if getattr(args, k) != getattr(default, k)}
     there = {**known.get('probe', {}), 'stride': known.get('stride')}
     stale = 'by_run' not in known or table.stat().st_mtime < path.stat().st_mtime or known['split'] != args.split
-    if stale or any(there[k] != v for k, v in asked.items()) or args.finetune and not any(
-            row.endswith(tuned_name(args)) for row in known['rows']):
+    if stale or any(there.get(k) != v for k, v in asked.items()):
         evaluate([path], args)
         known = json.loads(table.read_text())
     return known
@@ -344,7 +343,7 @@ def save_embeddings(path, run, tokens):
 
 
 def evaluate_latents(args):
-    """Probe published embeddings, which have no test split: the second half of valid is held out in its place."""
+    """Probe published embeddings. They have no test split: half of valid, drawn at random, is held out in its place."""
     readers = [m for m in map(models.find_model, models.model_names()) if hasattr(m, 'read_latents')]
     system = systems.find_system(args.data)
     for module in readers:                                               # of the models here, one
@@ -355,10 +354,11 @@ def evaluate_latents(args):
         mean, std = splits['train'][1].mean(0), splits['train'][1].std(0, correction=0)
         splits = {name: (z, (y - mean) / std) for name, (z, y) in splits.items()}
         (z, y), half = splits['valid'], len(splits['valid'][0]) // 2
-        splits |= {'valid': (z[:half], y[:half]), 'test': (z[half:], y[half:])}
+        mixed = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))       # the files may be in an order
+        splits |= {'valid': (z[mixed[:half]], y[mixed[:half]]), 'test': (z[mixed[half:]], y[mixed[half:]])}
         title, labels = f'{module.TITLE}, published latents', [system.name_of(name) for name in names]
-        print(f'{title}: {" / ".join(str(len(z)) for z, _ in splits.values())} windows; of valid in two halves the '
-              f'second is scored')
+        print(f'{title}: {" / ".join(str(len(z)) for z, _ in splits.values())} windows; half of valid, '
+              f'drawn at random, is held out and scored')
         args.split = 'test'
         seed = max(args.seed, 0)
         estimates, _ = probes(splits, module, args, seed, pick_device(args.device), title)
@@ -366,9 +366,9 @@ def evaluate_latents(args):
         scores, by_run = scored(rows, splits['test'][1], np.arange(len(z) - half), labels)
         if args.data in getattr(module, 'PAPER', {}):
             scores[module.TITLE + PUBLISHED] = {'attentive': {'mean': module.PAPER[args.data]}}
-        print_table([{'system': args.data, 'split': 'second half of the valid', 'labels': labels, 'row': title,
+        print_table([{'system': args.data, 'split': 'held-out half of the valid', 'labels': labels, 'row': title,
                       'rows': scores, 'by_run': by_run, 'unit': 'windows', 'field': '', 'seeds': {},
-                      'run': {'windows_seen': 0, 'preset': ''}}])
+                      'run': {'windows_seen': 0, 'preset': '', 'settings': {}}}])
 
 
 @script
@@ -394,6 +394,10 @@ def main(argv=None):
     if args.latents:
         if paths or args.all or not args.data:
             raise ValueError('--latents takes --data, the name of their system, and no runs')
+        idle = [name for name in ('split', 'probe', 'finetune', 'stride', 'save_embeddings')
+                if getattr(args, name) != getattr(Settings(), name)]
+        if idle:
+            raise ValueError(f'--{idle[0].replace("_", "-")} has no meaning for --latents')
         return evaluate_latents(args)
     table_one(args) if args.all else evaluate(paths or checkpoints()[-1:], args)
 

@@ -20,6 +20,7 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
                     paper's probe; read_latents(folder, system), published embeddings; TERMS, {term: its name in
                     pictures}; MLP_RATIO of its attentive probe;
                     ANY_SIZE, if it may be probed on larger fields than it was trained on (else these are tiled);
+                    PAIRED, if context and target have to be at one place (--views paired);
                     check(options, height, width), which raises ValueError for what will not do;
                     load_published(network, path), for --init
     in the network  after_step(), called when the optimizer has stepped (an EMA teacher moves here); `embedding`,

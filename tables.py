@@ -84,6 +84,7 @@ def caveats(results):
     said, unlike = [], {}
     for what, of in (('saw the', lambda r: r['field'].partition(',')[0]),
                      ('trained on', lambda r: f'{r["run"]["windows_seen"]:,} windows'),
+                     ('started from', lambda r: r['run']['settings'].get('init') or 'random weights'),
                      ('has the seeds', lambda r: ', '.join(f'{k} {v}' for k, v in r['seeds'].items()))):
         if len({of(r) for r in results}) > 1:
             unlike[what] = '; '.join(f'{r["row"]} {what} {of(r)}' for r in results)
@@ -118,25 +119,37 @@ def print_table_one(cells, models, systems, seen, split):
 # over seeds
 
 def summary(names, folder):
-    """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds."""
+    """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds.
+
+    Raises ValueError for files that are missing, or that one table cannot compare.
+    """
     each, names = 'parameters' in names, [name for name in names if name != 'parameters']
-    rows, sample = defaultdict(list), None
+    rows, first = defaultdict(dict), None                                # {title: {seeds: (errors, by run, windows)}}
     for name in names:
         files = sorted(folder.glob(f'{name}-seed[0-9]*.json'))
         if not files:
             raise ValueError(f'no {folder}/{name}-seed*.json')
         variant = name.partition('-nano')[2].lstrip('-')
         for file in files:
-            sample = r = json.loads(file.read_text())
-            title = f'{r["row"]}, {variant}' if variant else r['row']
+            r = json.loads(file.read_text())
+            first = first or r
+            check_alike(r, first, file)
+            start = r['run']['settings']['init']
+            title = ', '.join(filter(None, [r['row'], variant, start and f'from {start}']))
             for row, by_probe in r['rows'].items():
-                own = title if row == r['row'] else row if row in SHARED else f'{title}: {row}'
+                seen = r['run']['windows_seen'] if row == r['row'] else None
+                if row in SHARED:                                        # once for each dataset, whatever the model
+                    own, seeds = row, r['seeds']['data']
+                else:
+                    own, seeds = (title if row == r['row'] else f'{title}: {row}'), tuple(r['seeds'].values())
                 if not row.endswith(PUBLISHED) and row != 'predict the mean':
-                    seen = r['run']['windows_seen'] if row == r['row'] else None
-                    rows[own].append((by_probe, r['by_run'][row], seen))
-    columns = [*sample['labels'], 'mean'] if each else ['mean']
+                    rows[own].setdefault(seeds, (by_probe, r['by_run'][row], seen))
+    rows = {title: list(found.values()) for title, found in rows.items()}
+    rows = {title: found for i, (title, found) in enumerate(rows.items())
+            if found not in list(rows.values())[:i]}                     # variants start from the same random weights
+    columns = [*first['labels'], 'mean'] if each else ['mean']
     head = [f'{p}: {c}' if each else p for p in PROBES for c in columns]
-    lines = ['| ' + ' | '.join([sample['system'], 'seeds', 'windows seen', *head]) + ' |',
+    lines = ['| ' + ' | '.join([first['system'], 'seeds', 'windows seen', *head]) + ' |',
              '|---' * (3 + len(head)) + '|']
     for title, found in rows.items():
         cells = []
@@ -152,6 +165,18 @@ def summary(names, folder):
         seen = ' to '.join(f'{w:,}' for w in dict.fromkeys((windows[0], windows[-1]))) if windows else '-'
         lines.append(f'| {title} | {len(found)} | {seen} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
+
+
+def check_alike(r, first, file):
+    """Raise ValueError unless a result was scored on test, and as the `first` one of its table was."""
+    if 'by_run' not in r or r['split'] != 'test':
+        raise ValueError(f'{file} was not scored on test by this version: python eval.py --split test')
+    kept = lambda r: {**{k: r[k] for k in ('system', 'labels', 'stride', 'windows')},
+                      **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio')},
+                      'field': r['field'].partition(',')[0]}             # tiled or not, it is the same field
+    for what, value in kept(r).items():
+        if value != kept(first)[what]:
+            raise ValueError(f'{file}: its {what} is {value}, that of the rest of its table {kept(first)[what]}')
 
 
 def with_tables(text, folder):

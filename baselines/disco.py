@@ -23,8 +23,8 @@ from common import at_least, check_state, option, published_state, read_tensors
 
 TITLE = 'DISCO'
 PAPER = {'active_matter': 0.057, 'shear_flow': 0.13, 'rayleigh_benard': 0.01}          # table 1, attentive probe
+PAIRED = True                                                            # the next frame has to be at its place
 MLP_RATIO = 4.0                                                          # of its attentive probe, in the paper
-
 # The 29 states DISCO tells apart; in 3-D the velocities are others. Two were never used.
 STATES = ('density energy pressure momentum_x momentum_y tracer velocity_x velocity_y concentration D_xx D_xy D_yx '
           'D_yy A B - - buoyancy velocity_x_3d velocity_y_3d velocity_z_3d temperature magnetic_field_x '

@@ -23,6 +23,7 @@ from common import at_least, check_state, option, published_state
 TITLE = 'MPP'
 PAPER = {'active_matter': 0.230, 'shear_flow': 0.59, 'rayleigh_benard': 0.08}          # table 1, attentive probe,
 PAPER_FINETUNED = True                                                                 # all weights fine-tuned
+PAIRED = True                                                            # the next frame has to be at its place
 MLP_RATIO = 4.0                                                          # of its attentive probe, in the paper
 SIZES = {'Ti': (192, 12, 3), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16),     # width, blocks, heads
          'nano': (48, 2, 3)}

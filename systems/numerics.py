@@ -90,7 +90,8 @@ class Grid:
     """Derivatives and means of fields (B, T, H, W) on points x (H,), y (W,), frames dt apart.
 
     Central differences over the points' own distances, one-sided at the ends; a point stands for the cell that
-    reaches half way to its neighbours, so that means are over the area also where points crowd at a wall.
+    reaches half way to its neighbours, the last for one as wide as its only gap (right for a periodic axis, and for
+    points that crowd at a wall a cell that is small anyway), so that means are over the area.
     """
 
     def __init__(self, x, y, dt):

@@ -203,7 +203,7 @@ SYSTEM = System(
     periodic=(True, False), symmetries=(0, 1),                           # gravity leaves only x -> -x
     log_labels=('Rayleigh',), symbols={'Rayleigh': 'Ra', 'Prandtl': 'Pr'}, picture=('buoyancy',), statistics=statistics,
     crop=((0.375, 0.625), (0, 1)), resolution=224, stride=4, noise=0.0, lr=1e-4, epochs=30.0,
-    probe_windows=(20480, 9600),
+    probe_windows=(10240, 4800),
     solver=solver, dt_save=0.25, scalars=lambda rayleigh, prandtl: {'Prandtl': prandtl, 'Rayleigh': rayleigh},
     file='rayleigh_benard_Rayleigh_{Rayleigh:g}_Prandtl_{Prandtl:g}.hdf5',
     axes=lambda nx, ny: [np.arange(nx) * 4 / nx, chebyshev_nodes(ny)],

@@ -83,26 +83,27 @@ def shear_flow_start(Nx, Ny, n_shear, n_blobs, width, dtype=torch.float32, devic
     return torch.stack([u, v]).to(device, dtype), u.to(device, dtype)
 
 
-def random_start(Nx, Ny, layers, seed, dtype=torch.float32, device='cpu'):
+def random_start(Nx, Ny, seed, layers, jumps, widths, blobs, waves, dtype=torch.float32, device='cpu'):
     """As `shear_flow_start`, but with places, thicknesses, jumps and blobs of each layer, and long waves, of its own.
 
-    The jumps alternate in sign and add up to zero, so that the whole is periodic. No two seeds have nearly the same.
+    jumps, widths (of a layer's share of the box) and the size of the `blobs` are drawn evenly from (low, high), waves
+    normally with that std. Jumps alternate in sign and add up to zero, so that the whole is periodic.
     """
     rng = np.random.default_rng(seed)
     place = 2 * (np.arange(layers) + rng.uniform(-0.3, 0.3, layers)) / layers + rng.uniform(-1, 1)
-    jump = np.where(np.arange(layers) % 2, -1, 1) * rng.uniform(0.4, 1.2, layers)
+    jump = np.where(np.arange(layers) % 2, -1, 1) * rng.uniform(*jumps, layers)
     jump = (jump - jump.mean()) * rng.choice([-1, 1])
-    thickness, amplitude = 0.2 * rng.uniform(1, 2, layers) / layers, rng.uniform(0.05, 0.15, layers)
-    blobs, phase = rng.integers(1, 4, layers), rng.uniform(0, 2 * np.pi, layers)
+    thickness, amplitude = 2 * rng.uniform(*widths, layers) / layers, rng.uniform(*blobs, layers)
+    number, phase = rng.integers(1, 4, layers), rng.uniform(0, 2 * np.pi, layers)
     x, y = np.arange(Nx)[:, None] / Nx, -1 + 2 * np.arange(Ny)[None, :] / Ny
     u, v = np.zeros((Nx, Ny)), np.zeros((Nx, Ny))
     for wave in 1, 2, 3:
-        u = u + 0.1 * rng.normal() * np.sin(np.pi * wave * y + rng.uniform(0, 2 * np.pi))
+        u = u + waves * rng.normal() * np.sin(np.pi * wave * y + rng.uniform(0, 2 * np.pi))
     for k in range(layers):
         for period in -4, -2, 0, 2, 4:
             q = (y - place[k] - period) / thickness[k]
             u = u + jump[k] / 2 * np.tanh(q)
-            v = v + amplitude[k] * np.sin(2 * np.pi * blobs[k] * x + phase[k]) * np.exp(-q**2)
+            v = v + amplitude[k] * np.sin(2 * np.pi * number[k] * x + phase[k]) * np.exp(-q**2)
     u, v = (torch.tensor(f - f.mean(), dtype=dtype, device=device) for f in (u, v))
     return torch.stack([u, v]), u
 
@@ -115,7 +116,8 @@ def solver(pairs, keys, p, device):
     """
     fine = [n * p.settings['refine'] for n in p.grid]
     if 'layers' in p.settings:
-        starts = [random_start(*fine, p.settings['layers'], key, device=device) for key in keys]
+        draw = {name: p.settings[name] for name in ('layers', 'jumps', 'widths', 'blobs', 'waves')}
+        starts = [random_start(*fine, key, **draw, device=device) for key in keys]
         return ShearFlow(*zip(*pairs), *map(torch.stack, zip(*starts)))
     starts = list(itertools.product(*p.settings['starts']))
     ends = np.round(np.cumsum([0, *p.runs.values()]) / sum(p.runs.values()) * len(starts)).astype(int)
@@ -146,8 +148,8 @@ SYSTEM = System(
     presets={
         'nano': Preset((48, 96), 80, with_schmidt((80.0, 160.0, 320.0, 640.0)), dict(train=3, valid=1, test=1), 7,
                        '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs at Reynolds 80 to 640, 140 runs, each of '
-                       'four layers, so that every crop of 32 x 32 sees one, at places of its own: 0.8 GB, 2 minutes '
-                       'on 2 cores', dict(refine=2, layers=4)),
+                       'four layers at places of its own: 0.8 GB, 2 minutes on 2 cores',
+                       dict(refine=2, layers=4, jumps=(0.4, 1.2), widths=(0.1, 0.2), blobs=(0.05, 0.15), waves=0.1)),
         'well': Preset((256, 512), 200, with_schmidt((1e4, 5e4, 1e5, 5e5)), dict(train=32, valid=4, test=4), 1,
                        '256 x 512 (solved at 1024 x 2048), 200 frames, 28 pairs, 1120 runs: 470 GB; for a GPU, '
                        'not timed',

@@ -76,6 +76,7 @@ def test_damaged_data_is_refused(tmp_path, damage):
     ('eval.py --stride -1', '--stride must be at least 0'),
     ('eval.py --batch 0', '--batch must be at least 1'),
     ('eval.py --epochs 0', '--epochs must be at least 1'),
+    ('eval.py --latents here --data shear_flow --probe paper', '--probe has no meaning for --latents'),
     ('eval.py tensors.pt', 'not a checkpoint')])
 def test_bad_flags_are_refused(tmp_path, flags, word):
     make_published(tmp_path / 'data')
@@ -87,7 +88,7 @@ def test_bad_flags_are_refused(tmp_path, flags, word):
 
 
 @pytest.mark.parametrize('flags', [['--model', 'videomae', '--mask-ratio', 1.5], ['--seed', -1], ['--noise', 'nan'],
-                                   ['--crop', 24], ['--model', 'disco', '--crop', 16], ['--out', 'file']])
+                                   ['--crop', 24], ['--model', 'disco', '--crop', 16], ['--model', 'mpp', '--views', 'unpaired'], ['--out', 'file']])
 def test_bad_flags_are_refused_before_anything_is_simulated(tmp_path, flags):
     (tmp_path / 'file').write_text('')
     assert not refused('train.py', *flags, cwd=tmp_path)

@@ -70,7 +70,7 @@ def test_parts_of_the_domain():
     """[C] data.py: shear flow's first half in y, convection's rows 192 to 319 of 512."""
     assert [find_system(name).crop for name in SYSTEMS] == [((0, 1), (0, 1)), ((0, 1), (0, 0.5)),
                                                             ((192 / 512, 320 / 512), (0, 1))]
-    assert [find_system(name).probe_windows for name in SYSTEMS] == [(None, None), (20480, 9600), (20480, 9600)]
+    assert [find_system(name).probe_windows for name in SYSTEMS] == [(None, None), (20480, 9600), (10240, 4800)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,26 +15,40 @@ def test_the_interval_is_over_runs():
     assert high - low == pytest.approx(2 * 1.96 * errors.std() / 20, rel=0.1) and low < errors.mean() < high
 
 
-def result(error, seed, row='JEPA', windows=100):
+def result(error, seed, row='JEPA', **changes):
+    """An eval.json; the parts that a table needs."""
     scores = lambda e: {p: {'alpha': e - 0.1, 'zeta': e + 0.1, 'mean': e} for p in tables.PROBES}
     runs = lambda e: {p: [e - 0.05, e + 0.05] for p in tables.PROBES}
-    return {'system': 'active_matter', 'labels': ['alpha', 'zeta'], 'row': row, 'run': {'windows_seen': windows},
+    ridge = 0.01 * (seed + 1)
+    return {'system': 'active_matter', 'labels': ['alpha', 'zeta'], 'row': row, 'split': 'test', 'stride': 4,
+            'windows': {'train': 9, 'valid': 9, 'test': 2}, 'field': 'whole domain at 64 x 64, in 4 tiles of 32 x 32',
+            'probe': {'probe': 'ours', 'epochs': 100, 'mlp_ratio': 0.0, 'seed': seed},
+            'seeds': {'data': seed, 'training': seed, 'probe': seed},
+            'run': {'windows_seen': 100, 'preset': 'nano', 'settings': {'init': ''}},
             'rows': {row: scores(error), 'random init': scores(2 * error), 'field statistics': {
-                'linear': scores(0.01)['linear']}, 'predict the mean': scores(1.0), row + tables.PUBLISHED: {}},
-            'by_run': {row: runs(error), 'random init': runs(2 * error), 'field statistics': {'linear': [0.0, 0.02]}}}
+                'linear': scores(ridge)['linear']}, 'predict the mean': scores(1.0), row + tables.PUBLISHED: {}},
+            'by_run': {row: runs(error), 'random init': runs(2 * error), 'field statistics': {
+                'linear': [ridge - 0.01, ridge + 0.01]}}, **changes}
+
+
+def write(folder, name, *args, **changes):
+    (folder / f'{name}.json').write_text(json.dumps(result(*args, **changes)))
 
 
 def test_means_over_seeds(tmp_path):
     for seed, error in enumerate((0.2, 0.3, 0.4)):
-        (tmp_path / f'a-nano-seed{seed}.json').write_text(json.dumps(result(error, seed)))
-    (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(result(0.5, 0, windows=200)))
+        write(tmp_path, f'a-nano-seed{seed}', error, seed)
+    seen = {'windows_seen': 200, 'preset': 'nano', 'settings': {'init': 'out/x'}}
+    write(tmp_path, 'a-nano-paired-seed0', 0.5, 0, run=seen, field='whole domain at 64 x 64')
     table = tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 [0.233, 0.367]']
     assert rows['JEPA: random init'][2].startswith('0.600 ± 0.200 [')
-    assert rows['JEPA, paired'][:2] == ['1', '200'] and rows['JEPA, paired'][2].startswith('0.500 [0.450, 0.550]')
-    assert rows['field statistics'][2:4] == ['-', '0.010 ± 0.000 [0.003, 0.018]'] and len(rows) == 5
+    assert rows['JEPA, paired, from out/x'][:2] == ['1', '200']
+    assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
+    assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
+    assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
     each = tables.summary(['parameters', 'a-nano'], tmp_path).splitlines()
     assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 | 0.400' in each[2]
     with pytest.raises(ValueError, match='b-nano'):
@@ -42,6 +56,28 @@ def test_means_over_seeds(tmp_path):
     page = 'before\n<!-- results: a-nano -->\nold\n<!-- /results -->\nafter'
     assert tables.with_tables(page, tmp_path).splitlines()[2] == table[0]
     assert tables.with_tables(tables.with_tables(page, tmp_path), tmp_path).endswith('<!-- /results -->\nafter')
+
+
+def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
+    write(tmp_path, 'a-nano-seed0', 0.2, 0)
+    changed = result(0.4, 0)
+    changed['rows']['random init'], changed['by_run']['random init'] = [
+        result(0.2, 0)[k]['random init'] for k in ('rows', 'by_run')]
+    (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
+    titles = [line.split(' | ')[0] for line in tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()[2:]]
+    assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, paired']
+
+
+@pytest.mark.parametrize('changes', [
+    dict(split='valid'), dict(system='shear_flow'), dict(labels=['alpha']), dict(stride=8), dict(windows={'test': 3}),
+    dict(field="paper's part of the domain at 64 x 64"),
+    dict(probe={'probe': 'paper', 'epochs': 100, 'mlp_ratio': 0.0}),
+    dict(probe={'probe': 'ours', 'epochs': 5, 'mlp_ratio': 0.0})])
+def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
+    write(tmp_path, 'a-nano-seed0', 0.2, 0)
+    write(tmp_path, 'a-nano-seed1', 0.2, 1, **changes)
+    with pytest.raises(ValueError, match='a-nano-seed1.json'):
+        tables.summary(['a-nano'], tmp_path)
 
 
 def test_the_pages_say_what_results_says(capsys):
