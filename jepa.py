@@ -37,7 +37,7 @@ class Options:
     std_coeff: float = option(40.0, 'weight of the variance term')
     cov_coeff: float = option(2.0, 'weight of the covariance term')
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for the loss')
-    loss_rows: str = option('local', 'what the loss sees together: local, the embeddings of one process; or global')
+    loss_rows: str = option('local', 'what the loss sees together: local, the windows of one process; global, of all')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
 
 
