@@ -5,8 +5,8 @@ Tables of errors: of one evaluation, the paper's table 1, and, over seeds, those
     python tables.py --check      # only say whether they are what results/ gives
 
 Such a table stands between `<!-- results: NAME NAME -->` and `<!-- /results -->`; NAME stands for the files
-results/NAME-seed*.json, copies of the eval.json of runs that differ in their seeds. `parameters` among the names
-gives a column to each parameter.
+results/NAME-seed*.json, copies of the eval.json of runs that differ in their seeds, and NAME-seed0 for one of them.
+`parameters` among the names gives a column to each parameter.
 """
 import json
 import re
@@ -126,10 +126,10 @@ def summary(names, folder):
     each, names = 'parameters' in names, [name for name in names if name != 'parameters']
     rows, first = defaultdict(dict), None                                # {title: {seeds: (errors, by run, windows)}}
     for name in names:
-        files = sorted(folder.glob(f'{name}-seed[0-9]*.json'))
+        files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
         if not files:
             raise ValueError(f'no {folder}/{name}-seed*.json')
-        variant = name.partition('-nano')[2].lstrip('-')
+        variant = re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-')
         for file in files:
             r = json.loads(file.read_text())
             first = first or r

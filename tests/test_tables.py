@@ -51,6 +51,8 @@ def test_means_over_seeds(tmp_path):
     assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
     each = tables.summary(['parameters', 'a-nano'], tmp_path).splitlines()
     assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 | 0.400' in each[2]
+    alone = tables.summary(['a-nano-seed1'], tmp_path).splitlines()
+    assert alone[2].startswith('| JEPA | 1 | 100 | 0.300 [')
     with pytest.raises(ValueError, match='b-nano'):
         tables.summary(['b-nano'], tmp_path)
     page = 'before\n<!-- results: a-nano -->\nold\n<!-- /results -->\nafter'
