@@ -88,7 +88,8 @@ def test_bad_flags_are_refused(tmp_path, flags, word):
 
 
 @pytest.mark.parametrize('flags', [['--model', 'videomae', '--mask-ratio', 1.5], ['--seed', -1], ['--noise', 'nan'],
-                                   ['--crop', 24], ['--model', 'disco', '--crop', 16], ['--model', 'mpp', '--views', 'unpaired'], ['--out', 'file']])
+                                   ['--crop', 24], ['--model', 'disco', '--crop', 16],
+                                   ['--model', 'mpp', '--views', 'unpaired'], ['--out', 'file']])
 def test_bad_flags_are_refused_before_anything_is_simulated(tmp_path, flags):
     (tmp_path / 'file').write_text('')
     assert not refused('train.py', *flags, cwd=tmp_path)

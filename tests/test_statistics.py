@@ -115,6 +115,6 @@ def test_splits_know_their_grid(tmp_path):
     (gx, gy, _) = Split(root, System(crop=((0.5, 1), (0, 1))), 'train', resolution=4).grid
     assert np.allclose(gx, nodes[8:].reshape(4, 2).mean(1))
     assert np.allclose(gy, np.arange(16).reshape(4, 4)[:, 1:3].mean(1))
-    for n in 32, 48, 64:                                                 # larger than the file: evenly spaced to the ends
+    for n in 32, 48, 64:                                                 # larger than the file: even to the ends
         gy = np.array(Split(root, System(), 'train', resolution=n).grid[1])
         assert np.allclose(np.diff(gy), 16 / n) and gy.mean() == pytest.approx(7.5)
