@@ -26,6 +26,16 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
     assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 0.4, 20)
 
 
+def test_each_rank_takes_eight_windows_at_once(tmp_path, monkeypatch):
+    """The rows of the paper's loss, on however many GPUs; what is asked for goes before, if it divides."""
+    monkeypatch.chdir(tmp_path)
+    for world, asked, expected in (1, [], 8), (4, [], 32), (64, [], 256), (4, ['--micro-batch', '4'], 4):
+        monkeypatch.setattr(config, 'WORLD', world)
+        assert config.parse(['--preset', 'paper', *asked], '')[0].micro_batch == expected
+    with pytest.raises(ValueError, match='does not divide over 4 ranks'):
+        config.parse(['--preset', 'paper', '--micro-batch', '2'], '')
+
+
 # whole, normalize, augment, paired views; those of the paper are in test_protocol.py. All see 25,600 windows
 SETTINGS = """
 model    system          flags crop stride batch steps lr warm-up
