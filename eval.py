@@ -83,7 +83,7 @@ class Run:
             self.c = c = Config(**self.state['config'])
         except TypeError:
             raise ValueError(f'{self.path} was written by another version of train.py') from None
-        self.name, self.module = models.title(c.model), models.find_model(c.model)
+        self.name, self.module = models.title(c.model) + ', supervised' * c.supervised, models.find_model(c.model)
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
         self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
@@ -255,7 +255,7 @@ def result_of(run, args, rows, parameters, seconds):
     """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
     scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
-    if paper is not None:
+    if paper is not None and not run.c.supervised:
         scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,

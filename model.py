@@ -40,6 +40,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from supervised import Supervised
+
 HERE = Path(__file__).resolve().parent
 DEFAULT = 'jepa'
 NEEDED = {'model', 'optimizer', 'step', 'steps', 'seconds', 'samples', 'config', 'options', 'inputs', 'labels',
@@ -143,15 +145,20 @@ class Model(nn.Module):
 
     def tokens(self, x):
         """Normalised fields -> tokens (B, N, D)."""
-        if hasattr(self.network, 'features'):
-            return self.network.features(x)
-        z = self.network.encoder(x)
-        return z if z.ndim == 3 else z.flatten(2).transpose(1, 2) if z.ndim > 3 else z[:, None]
+        return tokens_of(self.network, x)
 
     @torch.no_grad()
     def embed(self, x):
         """Raw fields (B, C, 16, H, W) -> tokens (B, N, D), frozen."""
         return self.features(x)
+
+
+def tokens_of(network, x):
+    """Normalised fields (B, C, 16, H, W) -> a network's tokens (B, N, D)."""
+    if hasattr(network, 'features'):
+        return network.features(x)
+    z = network.encoder(x)
+    return z if z.ndim == 3 else z.flatten(2).transpose(1, 2) if z.ndim > 3 else z[:, None]
 
 
 def check_model(model):
@@ -173,11 +180,16 @@ def tile_starts(length, tile):
     return np.linspace(0, length - tile, ceil(length / tile)).round().astype(int).tolist()
 
 
-def build_model(name, options, inputs, mean, std, seed=0, dtype='float32'):
-    """The Model `name` for these inputs, freshly initialised from its seed."""
+def build_model(name, options, inputs, mean, std, seed=0, dtype='float32', labels=0):
+    """The Model `name` for these inputs, freshly initialised from its seed. labels: how many to learn, if any."""
     module = find_model(name)
     torch.manual_seed(seed)
-    return Model(module.build(options, inputs), inputs, mean, std, getattr(module, 'ANY_SIZE', False), dtype)
+    network = module.build(options, inputs)
+    if labels:
+        with torch.no_grad():
+            z = tokens_of(network.eval(), torch.zeros(1, len(inputs.channels), FRAMES, *inputs.size))
+        network = Supervised(network.train(), z.shape[-1], labels)
+    return Model(network, inputs, mean, std, getattr(module, 'ANY_SIZE', False), dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,7 +246,8 @@ def model_of(state, path, device='auto', trained=True):
         options, inputs = module.Options(**state['options']), Inputs(**state['inputs'])
     except TypeError as e:                                               # a setting that has been renamed since
         raise ValueError(f'{path} was written by another version of {c["model"]}.py ({e})') from None
-    model = build_model(c['model'], options, inputs, state['mean'], state['std'], c['seed'], c['dtype'])
+    model = build_model(c['model'], options, inputs, state['mean'], state['std'], c['seed'], c['dtype'],
+                        len(state['labels']) if c['supervised'] else 0)
     if trained:
         restore(model, state, path)
     return model.to(pick_device(device)).eval()

@@ -135,7 +135,8 @@ def summary(names, folder):
             first = first or r
             check_alike(r, first, file)
             start = r['run']['settings']['init']
-            title = ', '.join(filter(None, [r['row'], variant, start and f'from {start}']))
+            own_name = r['row'].endswith(variant)                        # as of one trained with labels
+            title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
             for row, by_probe in r['rows'].items():
                 seen = r['run']['windows_seen'] if row == r['row'] else None
                 if row in SHARED:                                        # once for each dataset, whatever the model

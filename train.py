@@ -72,7 +72,10 @@ def learning_rate(step, steps, warmup, peak, low):
 
 
 def load_batch(data, c, step, micro):
-    """This rank's windows of a step's micro-batch, as in the files: (local, C, 32, H, W)."""
+    """This rank's windows of a step's micro-batch, as in the files, and their labels: (local, C, 32, H, W), (local, L).
+
+    The labels are z-scored.
+    """
     local = c.micro_batch // WORLD
     first = micro * c.micro_batch + RANK * local                         # this rank's part of the step's windows
     chosen = window_order(len(data.windows), c.seed, step * c.batch, c.batch)[first:first + local]
@@ -85,7 +88,9 @@ def load_batch(data, c, step, micro):
     parts = [data.load(where, frames, c.crop, c.augment, seeds=[(c.seed, 2 + v, step, first + i) for i in range(local)])
              for v, (where, frames) in enumerate(views)]
     data.release()
-    return torch.cat(parts, dim=2)
+    labels = data.labels(data.varying())
+    labels = (labels - labels.mean(0)) / labels.std(0)
+    return torch.cat(parts, dim=2), torch.tensor(labels[windows[:, 0]])
 
 
 def other_time(t, last, seed):
@@ -134,7 +139,8 @@ def initial_model(c, module, options, data, state):
                            (c.crop, c.crop) if c.crop else tuple(data.fields.shape[-2:]), c.views == 'paired',
                            start['inputs']['published'] if start else bool(c.init))
     mean, std = data.normalization(c.normalize)
-    model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype)
+    model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype,
+                               len(data.varying()) if c.supervised else 0)
     if start:
         if start['inputs']['channels'] != data.channels:
             raise ValueError(f'{path} was trained on the channels {", ".join(start["inputs"]["channels"])}, not '
@@ -180,7 +186,7 @@ def trimmed_log(path, step):
 
 
 def train_step(model, forward, optimizer, batches, c, step):
-    """One step of the optimizer, on the next of the raw batches -> {term: its mean over the global batch}.
+    """One step of the optimizer, on the next of the batches -> {term: its mean over the global batch}.
 
     forward: the network, or DDP around it. Raises FloatingPointError, before anything has changed, if the loss or
     a gradient is not finite.
@@ -188,7 +194,8 @@ def train_step(model, forward, optimizer, batches, c, step):
     optimizer.zero_grad(set_to_none=True)
     sums, accumulate = {}, c.batch // c.micro_batch
     for micro in range(accumulate):
-        x = model.normalise(next(batches))                               # (local, C, 32, H, W)
+        x, labels = next(batches)
+        x, labels = model.normalise(x), [labels.to(x)] if c.supervised else []           # (local, C, 32, H, W)
         common = (c.seed * 2**20 + step) * 1024 + micro
         generator = torch.Generator().manual_seed(common % 2**63)        # same on all ranks
         own = (common * 1024 + RANK) % 2**63
@@ -199,7 +206,7 @@ def train_step(model, forward, optimizer, batches, c, step):
         last = micro == accumulate - 1
         with contextlib.nullcontext() if last or WORLD == 1 else forward.no_sync():
             with model.autocast():
-                losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator)
+                losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator, *labels)
             if not isinstance(losses, dict) or 'loss' not in losses:
                 raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
@@ -281,7 +288,7 @@ def train(c, module, options):
     announce(c, root, data, model, options, steps, step)
     forward = model.network
     if WORLD > 1:
-        forward = DistributedDataParallel(forward, find_unused_parameters=model.inputs.published)  # of other systems
+        forward = DistributedDataParallel(forward, find_unused_parameters=model.inputs.published or c.supervised)
 
     def save():
         labels = data.labels(data.varying())

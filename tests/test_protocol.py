@@ -22,6 +22,7 @@ from systems import System, find_system
 SYSTEMS = 'active_matter', 'shear_flow', 'rayleigh_benard'
 SHARED = dict(
     resolution=224, whole=False, crop=0, normalize=False, augment=False, views='paired',     # [C] data.py
+    supervised=False,
     micro_batch=8,                                                       # [C] configs: windows per GPU
     weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see NOTES.md
     dtype='float32',                                                     # [C] no autocast in its trainer
@@ -122,7 +123,7 @@ def steps_of(dtype='float32', x=torch.zeros(4, 1, 32, 16, 4), **settings):
     model = Model(network, Inputs('any', ['a'], (True, True), (16, 4)), [0], [1], dtype=dtype)
     optimizer = train.optimizer_of(network, c)
     for step in 0, 1:
-        train.train_step(model, network, optimizer, iter([x]), c, step)
+        train.train_step(model, network, optimizer, iter([(x, None)]), c, step)
     return network.seen
 
 
@@ -151,6 +152,7 @@ class Places(Split):
         self.fields = sum(a * s for a, s in zip(axes, (1e6, 0, 1e4, 1e2, 1))).astype(np.float32)
         self.windows = np.array([(r, t) for r in range(runs) for t in range(frames - 31)])
         self.system, self.channels, self.periodic = System(), ['a'], (True, True)
+        self.scalars = {'place': np.arange(runs) - 1.0, 'other': np.arange(runs) ** 2}
 
     def release(self):
         pass
@@ -165,8 +167,9 @@ def decode(x):
 def batch_of(views, step=0, **settings):
     data = Places()
     c = config.Config(views=views, crop=4, augment=True, batch=32, micro_batch=32, **settings)
-    x = train.load_batch(data, c, step, 0)
+    x, labels = train.load_batch(data, c, step, 0)
     asked = data.windows[train.window_order(len(data.windows), c.seed, step * 32, 32)]
+    assert torch.allclose(labels[:, 0], torch.tensor(1.5**0.5 * (asked[:, 0] - 1)))     # each window's own, z-scored
     return decode(x[:, :, :16]), decode(x[:, :, 16:]), asked.tolist(), x
 
 

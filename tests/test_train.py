@@ -1,11 +1,15 @@
-"""train.py: settings, schedule, order of the windows, published weights."""
+"""train.py: settings, schedule, order of the windows, published weights, labels."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import config
+import eval as evaluation
 import train
-from model import Inputs, Model, load_checkpoint
+from model import Inputs, Model, load_checkpoint, title
 from baselines import mpp
 from baselines.disco import DISCO
 from helpers import HERE, MODELS, losses, refused, run
@@ -96,7 +100,7 @@ def test_dropout_depends_on_seed_and_step_alone():
         torch.rand(step + 3)
         model = Model(Chance(), Inputs('any', ['a'], (True, True), (4, 4)), [0], [1])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        return train.train_step(model, model.network, optimizer, iter([x]), c, step)['loss']
+        return train.train_step(model, model.network, optimizer, iter([(x, None)]), c, step)['loss']
     assert loss(1) == loss(1) != loss(2)
 
 
@@ -146,3 +150,20 @@ def test_every_window_once_an_epoch():
     assert (np.sort(order, 1) == np.arange(10)).all() and len({tuple(epoch) for epoch in order}) == 4
     assert np.array_equal(order.ravel()[5:25], train.window_order(10, 0, 5, 20))
     assert not np.array_equal(order.ravel(), train.window_order(10, 1, 0, 40))
+
+
+@pytest.mark.parametrize('model', sorted(MODELS))
+def test_supervised_learns_the_labels(well, tmp_path, monkeypatch, capsys, model):
+    """The ceiling, of every encoder: it fits the labels of its windows (some slowly); then it is probed."""
+    monkeypatch.chdir(tmp_path)
+    base = [str(v) for v in (*MODELS[model], '--data-dir', well, '--supervised', '--steps', 60, '--lr', 3e-3,
+                              '--noise', 0)]
+    train.main([*base, '--out', 'out/a'])
+    log = [json.loads(line) for line in Path('out/a/log.jsonl').read_text().splitlines()]
+    first, last = (np.mean([line['loss'] for line in part]) for part in (log[:5], log[-5:]))
+    assert last < dict(jepa=0.6, videomae=0.6).get(model, 1) * first and log[-1]['embedding_rank'] > 1
+    evaluation.main(['out/a', '--epochs', '2', '--stride', '16'])
+    rows = json.loads(Path('out/a/eval.json').read_text())['rows']
+    name = title(model) + ', supervised'
+    assert rows[name]['linear']['mean'] < rows['random init']['linear']['mean']
+    assert not any('the paper' in row for row in rows)
