@@ -247,7 +247,7 @@ def model_of(state, path, device='auto', trained=True):
     except TypeError as e:                                               # a setting that has been renamed since
         raise ValueError(f'{path} was written by another version of {c["model"]}.py ({e})') from None
     model = build_model(c['model'], options, inputs, state['mean'], state['std'], c['seed'], c['dtype'],
-                        len(state['labels']) if c['supervised'] else 0)
+                        len(state['labels']) if c.get('supervised') else 0)
     if trained:
         restore(model, state, path)
     return model.to(pick_device(device)).eval()

@@ -34,6 +34,7 @@ MUTANTS = [                                                              # file,
     ('config.py', "'paper': dict(dtype='float32')", "'paper': dict(dtype='bfloat16')", PROTOCOL),
     ('train.py', '(c.seed, 2 + v, step, first + i)', '(c.seed, 2, step, first + i)', PROTOCOL),
     ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
+    ('train.py', 'labels[windows[:, 0]]', 'labels[windows[:, 1] % 3]', PROTOCOL),
     ('videomae.py', "parameter.ndim == 1 or name == 'mask_token'", 'parameter.ndim == 1', PROTOCOL),
     # settings of the paper
     ('systems/shear_flow.py', 'lr=1e-4', 'lr=1e-3', PROTOCOL),
