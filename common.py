@@ -14,6 +14,7 @@ import functools
 import io
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -167,9 +168,12 @@ def keep_freed_memory():
             libc.mallopt(parameter, value)
 
 
-def machine():
-    """What this runs on, in words."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def machine(device):
+    """What this runs on, in words. device: cuda or cpu."""
+    name = torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if device != 'cuda':                                             # Linux alone says which
+            name = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     return f'{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, PyTorch {torch.__version__}'
 
 

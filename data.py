@@ -176,7 +176,7 @@ def grid_points(path, cut, shape):
         time = np.asarray(f['dimensions'].get('time', [0.0, 1.0]), float).ravel()
         for axis, kept, n in zip(spatial_axes(f), cut, shape):
             own = f['dimensions'][axis][kept] if axis in f['dimensions'] else np.arange(kept.start, kept.stop)
-            at = (np.arange(n) + 0.5) * len(own) / n - 0.5               # as F.interpolate, but at the ends it goes on
+            at = (np.arange(n) + 0.5) * len(own) / n - 0.5               # F.interpolate's, no two alike at the ends
             i = np.clip(np.floor(at).astype(int), 0, max(0, len(own) - 2))
             following = np.minimum(i + 1, len(own) - 1)
             points.append((own[i] + (at - i) * (own[following] - own[i])).tolist())

@@ -19,6 +19,7 @@ Each run's rows go to eval.json beside its checkpoint, whatever else is in the t
 """
 import io
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from finetune import epochs_of, finetune
 from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
+GIT = git_hash()
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
@@ -208,7 +210,8 @@ def evaluate_run(run, args, device):
                 tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
                     run.module, 'MLP_RATIO', 0.0), args.split, device, bar.update)
             rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
-    encoder = getattr(model.network, 'encoder', model.network)
+    network = models.unwrapped(model.network)
+    encoder = getattr(network, 'encoder', network)
     return rows, {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}, kept
 
 
@@ -260,7 +263,8 @@ def result_of(run, args, rows, parameters, seconds):
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
-            'probe': {k: getattr(args, k) for k in TUNED}, 'evaluated_by': git_hash(), 'machine': machine(),
+            'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join(map(str, sys.argv)),
+            'evaluated_by': GIT, 'machine': machine(pick_device(args.device)),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
@@ -290,7 +294,8 @@ def table_one(args):
     for path in checkpoints():
         try:
             c = models.load_checkpoint(path)['config']
-            newest[c['data'], c['model']] = path
+            if not c.get('supervised'):
+                newest[c['data'], c['model']] = path
         except ValueError as e:
             print(f'left out: {e}')
     for (system, model), path in newest.items():

@@ -12,6 +12,7 @@ from common import FRAMES
 
 import torch
 
+import model as models
 import probe
 
 PAPER = dict(epochs=30, batch=64, lr=1e-5, stride=4)
@@ -38,8 +39,9 @@ def finetune(run, model, protocol, batch=16, lr=1e-5, mlp_ratio=0.0, scored='tes
     if paper:
         spaced, labels = run.windows_at(PAPER['stride'])
         windows['train'], targets['train'] = spaced['train'], labels['train']
-        if hasattr(model.network, 'paper_finetuning'):
-            model.network.paper_finetuning()
+        network = models.unwrapped(model.network)
+        if hasattr(network, 'paper_finetuning'):
+            network.paper_finetuning()
     function = run.encode(model, frozen=False)
     load = lambda name, index: run.splits[name].load(windows[name][index], frames=FRAMES)
     truth = lambda name, index: targets[name][index].float().to(device)

@@ -29,6 +29,7 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
                     fine-tuned
 """
 import dataclasses
+import functools
 import importlib
 from dataclasses import dataclass
 from math import ceil
@@ -162,9 +163,9 @@ def tokens_of(network, x):
 
 
 def check_model(model):
-    """Raise ValueError unless a Model gives tokens that can be probed, for fields of the size it is trained on."""
+    """The width of a Model's tokens. Raises ValueError unless they can be probed, at the size it is trained on."""
     x = torch.zeros(1, len(model.inputs.channels), FRAMES, *model.inputs.size)
-    if not any(callable(getattr(model.network, name, None)) for name in ('features', 'encoder')):
+    if not any(callable(getattr(unwrapped(model.network), name, None)) for name in ('features', 'encoder')):
         raise ValueError('the network needs an encoder, or features(x), to be probed')
     was = model.training
     with torch.random.fork_rng(devices=[]):
@@ -173,6 +174,12 @@ def check_model(model):
     if tokens.ndim != 3 or len(tokens) != 1 or tokens.shape[2] % 8:
         raise ValueError(f'the probes need tokens (B, N, D) with D divisible by their 8 heads; for one window this '
                          f'network gives {tuple(tokens.shape)}')
+    return tokens.shape[2]
+
+
+def unwrapped(network):
+    """A model's own network, also if it is trained with labels."""
+    return network.network if isinstance(network, Supervised) else network
 
 
 def tile_starts(length, tile):
@@ -184,12 +191,11 @@ def build_model(name, options, inputs, mean, std, seed=0, dtype='float32', label
     """The Model `name` for these inputs, freshly initialised from its seed. labels: how many to learn, if any."""
     module = find_model(name)
     torch.manual_seed(seed)
-    network = module.build(options, inputs)
+    model = Model(module.build(options, inputs), inputs, mean, std, getattr(module, 'ANY_SIZE', False), dtype)
     if labels:
-        with torch.no_grad():
-            z = tokens_of(network.eval(), torch.zeros(1, len(inputs.channels), FRAMES, *inputs.size))
-        network = Supervised(network.train(), z.shape[-1], labels)
-    return Model(network, inputs, mean, std, getattr(module, 'ANY_SIZE', False), dtype)
+        width, network = check_model(model), model.network
+        model.network = Supervised(network, functools.partial(tokens_of, network), width, labels).to(model.mean.dtype)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------

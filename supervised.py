@@ -1,30 +1,32 @@
 """
-The ceiling: a model's own encoder, trained with the labels that the probes will look for (train.py --supervised).
+A reference for every table: a model's own encoder, trained as long with the labels that the probes will look for.
 
-What this cannot read off a window, no way of training the same encoder without labels should be expected to. A linear
-layer reads the labels from the mean token; context and target are two windows of the run, each with its labels, so
-that a step sees what a step of the model itself sees.
+`train.py --supervised` puts this around a model's network. A linear layer reads the labels from the mean token;
+context and target are two windows of the run, each with its labels, so that a step sees what a step of the model
+itself sees. It says what this encoder can tell at this size of training; with few runs it learns those by heart.
 """
 import torch
 import torch.nn as nn
 
-import model as models
-
 
 class Supervised(nn.Module):
-    """A network of which only the encoder is trained. dim: width of its tokens; labels: their number."""
+    """A network of which only the encoder is trained.
 
-    def __init__(self, network, dim, labels):
+    tokens: the function normalised fields (B, C, 16, H, W) -> the network's tokens (B, N, D); dim: D; labels: their
+    number.
+    """
+
+    def __init__(self, network, tokens, dim, labels):
         super().__init__()
-        self.network, self.head = network, nn.Linear(dim, labels)
+        self.network, self.features, self.head = network, tokens, nn.Linear(dim, labels)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.embedding = None                                            # the last, for the log
-        self.undecayed = getattr(network, 'undecayed', lambda name, parameter: False)
 
-    def features(self, x):
-        """Normalised fields (B, C, 16, H, W) -> tokens (B, N, D)."""
-        return models.tokens_of(self.network, x)
+    def undecayed(self, name, parameter):
+        """As the network has it."""
+        own = getattr(self.network, 'undecayed', lambda name, parameter: False)
+        return own(name.removeprefix('network.'), parameter)
 
     def forward(self, context, target, generator, labels):
         """The mean squared error of the z-scored labels (B, L), and of each."""

@@ -118,36 +118,44 @@ def print_table_one(cells, models, systems, seen, split):
 # ---------------------------------------------------------------------------------------------
 # over seeds
 
+def collect(names, folder):
+    """({title: [(errors, errors by run, windows seen) of each seed]}, an eval.json) of the files of all names."""
+    rows, first = defaultdict(dict), None                                # by title, then by seeds
+    for name in names:
+        files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
+        if not files:
+            raise ValueError(f'no {folder}/{name}-seed*.json')
+        same, variant = None, re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-')
+        for file in files:
+            r = json.loads(file.read_text())
+            first, same = first or r, same or r
+            check_alike(r, first, file)
+            check_same(r, same, file)
+            start = r['run']['settings'].get('init')
+            own_name = r['row'].endswith(variant)                        # as of one trained with labels
+            title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
+            for row in (row for row in r['by_run'] if row != 'predict the mean'):
+                found = r['rows'][row], r['by_run'][row], r['run']['windows_seen'] if row == r['row'] else None
+                seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
+                if row in SHARED:                                        # once for each dataset, whatever the model
+                    rows[row].setdefault(r['seeds']['data'], found)
+                    continue
+                own = title + row.removeprefix(r['row']) if row.startswith(r['row']) else f'{title}: {row}'
+                if row == 'random init' and rows[plain].setdefault(seeds, found) == found:
+                    continue                                             # variants begin with the same weights
+                if seeds in rows[own]:
+                    raise ValueError(f'{file}: there is another result of {own} with these seeds')
+                rows[own][seeds] = found
+    return {title: list(found.values()) for title, found in rows.items()}, first
+
+
 def summary(names, folder):
     """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds.
 
     Raises ValueError for files that are missing, or that one table cannot compare.
     """
     each, names = 'parameters' in names, [name for name in names if name != 'parameters']
-    rows, first = defaultdict(dict), None                                # {title: {seeds: (errors, by run, windows)}}
-    for name in names:
-        files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
-        if not files:
-            raise ValueError(f'no {folder}/{name}-seed*.json')
-        variant = re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-')
-        for file in files:
-            r = json.loads(file.read_text())
-            first = first or r
-            check_alike(r, first, file)
-            start = r['run']['settings']['init']
-            own_name = r['row'].endswith(variant)                        # as of one trained with labels
-            title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
-            for row, by_probe in r['rows'].items():
-                seen = r['run']['windows_seen'] if row == r['row'] else None
-                if row in SHARED:                                        # once for each dataset, whatever the model
-                    own, seeds = row, r['seeds']['data']
-                else:
-                    own, seeds = (title if row == r['row'] else f'{title}: {row}'), tuple(r['seeds'].values())
-                if not row.endswith(PUBLISHED) and row != 'predict the mean':
-                    rows[own].setdefault(seeds, (by_probe, r['by_run'][row], seen))
-    rows = {title: list(found.values()) for title, found in rows.items()}
-    rows = {title: found for i, (title, found) in enumerate(rows.items())
-            if found not in list(rows.values())[:i]}                     # variants start from the same random weights
+    rows, first = collect(names, folder)
     columns = [*first['labels'], 'mean'] if each else ['mean']
     head = [f'{p}: {c}' if each else p for p in PROBES for c in columns]
     lines = ['| ' + ' | '.join([first['system'], 'seeds', 'windows seen', *head]) + ' |',
@@ -178,6 +186,15 @@ def check_alike(r, first, file):
     for what, value in kept(r).items():
         if value != kept(first)[what]:
             raise ValueError(f'{file}: its {what} is {value}, that of the rest of its table {kept(first)[what]}')
+
+
+def check_same(r, first, file):
+    """Raise ValueError unless a result differs from the `first` of its name in nothing but its seeds."""
+    kept = lambda r: {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
+    for what, value in kept(r).items():
+        expected = kept(first).get(what, value)                          # a setting may be younger than a result
+        if what not in ('seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every') and value != expected:
+            raise ValueError(f'{file}: {what} is {value} in it, and {expected} in the first of its name')
 
 
 def with_tables(text, folder):

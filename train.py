@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model as models
-from config import MAY_CHANGE, describe, parse
+from config import MAY_CHANGE, Config, describe, parse
 from data import WINDOW, Split, find_dataset
 
 
@@ -149,7 +149,7 @@ def initial_model(c, module, options, data, state):
     elif c.init:
         if not hasattr(module, 'load_published'):
             raise ValueError(f'{c.model} has no load_published: --init takes the folder of a run of it')
-        module.load_published(model.network, c.init)
+        module.load_published(models.unwrapped(model.network), c.init)
     model.to(c.device)
     models.check_model(model)
     return model
@@ -165,7 +165,8 @@ def own_checkpoint(path):
 
 def check_resumable(c, options, steps, state, checkpoint):
     """Raise ValueError if a checkpoint is of a run with other settings, or with more steps; say if it is extended."""
-    own, there = asdict(c) | asdict(options), state['config'] | state['options']
+    own = asdict(c) | asdict(options)
+    there = asdict(Config()) | state['config'] | state['options']        # a setting may be younger than the run
     differs = [k for k in own if k not in MAY_CHANGE and own[k] != there.get(k)]
     if differs:
         raise ValueError(f'{checkpoint} is a run with other settings ('
@@ -256,7 +257,8 @@ def announce(c, root, data, model, options, steps, step):
     labels = ', '.join(data.system.name_of(name) for name in data.varying())
     say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, labels {labels}')
     say(describe(c, options))
-    encoder = getattr(model.network, 'encoder', model.network)
+    network = models.unwrapped(model.network)
+    encoder = getattr(network, 'encoder', network)
     in_encoder, in_all = (sum(p.numel() for p in m.parameters()) for m in (encoder, model))
     say(f'{c.model}, preset {c.preset} on {torch.cuda.get_device_name() if c.device == "cuda" else "CPU"}, '
         f'{c.dtype}; {in_encoder:,} parameters in the encoder, {in_all - in_encoder:,} beside it')
@@ -276,7 +278,7 @@ def train(c, module, options):
     warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
     out = Path(c.out)
     checkpoint = out / 'ckpt.pt'
-    state, step, seconds = own_checkpoint(checkpoint), 0, 0.0
+    state, step, seconds, git = own_checkpoint(checkpoint), 0, 0.0, git_hash()
     if state:
         check_resumable(c, options, steps, state, checkpoint)
     model = initial_model(c, module, options, data, state)
@@ -297,7 +299,7 @@ def train(c, module, options):
             seconds=seconds, samples=step * c.batch, config=asdict(c), options=asdict(options),
             inputs=asdict(model.inputs), mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
             labels=data.varying(), label_mean=labels.mean(0).tolist(), label_std=labels.std(0).tolist(),
-            git=git_hash()))
+            git=git))
 
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
     batches = prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if c.device == 'cuda' else 1)

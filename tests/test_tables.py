@@ -15,6 +15,14 @@ def test_the_interval_is_over_runs():
     assert high - low == pytest.approx(2 * 1.96 * errors.std() / 20, rel=0.1) and low < errors.mean() < high
 
 
+PROBE = {'probe': 'ours', 'epochs': 100, 'mlp_ratio': 0.0, 'finetune': ''}
+SEEDS = {'data': 0, 'training': 0, 'probe': 0}
+
+
+def run(windows=100, **settings):
+    return {'windows_seen': windows, 'preset': 'nano', 'settings': {'init': '', 'lr': 0.001, **settings}}
+
+
 def result(error, seed, row='JEPA', **changes):
     """An eval.json; the parts that a table needs."""
     scores = lambda e: {p: {'alpha': e - 0.1, 'zeta': e + 0.1, 'mean': e} for p in tables.PROBES}
@@ -22,9 +30,9 @@ def result(error, seed, row='JEPA', **changes):
     ridge = 0.01 * (seed + 1)
     return {'system': 'active_matter', 'labels': ['alpha', 'zeta'], 'row': row, 'split': 'test', 'stride': 4,
             'windows': {'train': 9, 'valid': 9, 'test': 2}, 'field': 'whole domain at 64 x 64, in 4 tiles of 32 x 32',
-            'probe': {'probe': 'ours', 'epochs': 100, 'mlp_ratio': 0.0, 'seed': seed},
+            'probe': {**PROBE, 'seed': seed},
             'seeds': {'data': seed, 'training': seed, 'probe': seed},
-            'run': {'windows_seen': 100, 'preset': 'nano', 'settings': {'init': ''}},
+            'run': run(seed=seed),
             'rows': {row: scores(error), 'random init': scores(2 * error), 'field statistics': {
                 'linear': scores(ridge)['linear']}, 'predict the mean': scores(1.0), row + tables.PUBLISHED: {}},
             'by_run': {row: runs(error), 'random init': runs(2 * error), 'field statistics': {
@@ -38,8 +46,7 @@ def write(folder, name, *args, **changes):
 def test_means_over_seeds(tmp_path):
     for seed, error in enumerate((0.2, 0.3, 0.4)):
         write(tmp_path, f'a-nano-seed{seed}', error, seed)
-    seen = {'windows_seen': 200, 'preset': 'nano', 'settings': {'init': 'out/x'}}
-    write(tmp_path, 'a-nano-paired-seed0', 0.5, 0, run=seen, field='whole domain at 64 x 64')
+    write(tmp_path, 'a-nano-paired-seed0', 0.5, 0, run=run(200, init='out/x'), field='whole domain at 64 x 64')
     table = tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
@@ -68,13 +75,43 @@ def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
     (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
     titles = [line.split(' | ')[0] for line in tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()[2:]]
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, paired']
+    changed['rows']['random init'] = result(0.3, 0)['rows']['random init']                 # from other weights
+    (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
+    assert '| JEPA, paired: random init | 1 |' in tables.summary(['a-nano', 'a-nano-paired'], tmp_path)
+
+
+def test_one_row_is_one_experiment(tmp_path):
+    """Its files differ in their seeds, in nothing else; where they lie does not matter."""
+    write(tmp_path, 'a-nano-seed0', 0.2, 0)
+    write(tmp_path, 'a-nano-seed1', 0.3, 1, run=run(out='out/elsewhere', seed=1))
+    assert '| JEPA | 2 |' in tables.summary(['a-nano'], tmp_path)
+    for changes in dict(run=run(lr=0.1)), dict(probe={**PROBE, 'finetune': '5'}), dict(seeds=SEEDS):
+        write(tmp_path, 'a-nano-seed1', 0.3, 1, **changes)
+        with pytest.raises(ValueError, match='a-nano-seed1.json'):
+            tables.summary(['a-nano'], tmp_path)
+    tuned = result(0.2, 0)
+    for key in 'rows', 'by_run':
+        tuned[key]['JEPA, fine-tuned'] = tuned[key]['JEPA']
+    (tmp_path / 'b-nano-seed0.json').write_text(json.dumps(tuned))
+    assert '| JEPA, fine-tuned | 1 |' in tables.summary(['b-nano'], tmp_path)
+
+
+def test_the_encoder_with_labels_has_a_row(tmp_path):
+    write(tmp_path, 'a-nano-seed0', 0.2, 0)
+    changed = result(0.1, 0, 'JEPA, supervised')
+    for key in 'rows', 'by_run':
+        changed[key]['random init'] = result(0.2, 0)[key]['random init']
+    (tmp_path / 'a-nano-supervised-seed0.json').write_text(json.dumps(changed))
+    titles = [line.split(' | ')[0] for line in
+              tables.summary(['a-nano', 'a-nano-supervised'], tmp_path).splitlines()[2:]]
+    assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, supervised']
 
 
 @pytest.mark.parametrize('changes', [
     dict(split='valid'), dict(system='shear_flow'), dict(labels=['alpha']), dict(stride=8), dict(windows={'test': 3}),
     dict(field="paper's part of the domain at 64 x 64"),
-    dict(probe={'probe': 'paper', 'epochs': 100, 'mlp_ratio': 0.0}),
-    dict(probe={'probe': 'ours', 'epochs': 5, 'mlp_ratio': 0.0})])
+    dict(probe={**PROBE, 'probe': 'paper'}),
+    dict(probe={**PROBE, 'epochs': 5})])
 def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
     write(tmp_path, 'a-nano-seed0', 0.2, 0)
     write(tmp_path, 'a-nano-seed1', 0.2, 1, **changes)
