@@ -45,7 +45,7 @@ class Config:
                                    'at another place, shifted and turned on its own, so that only what the whole run '
                                    'shares can be predicted; other-time, that and any other 16 frames of the run')
     init: str = option('', 'weights to start from: the folder of another run, or a published file')
-    supervised: bool = option(False, 'train the encoder with the labels: the ceiling (supervised.py)', bare=True)
+    supervised: bool = option(False, 'train the encoder with the labels, for comparison (supervised.py)', bare=True)
     batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = of_optimisation(0, 'windows per forward pass, over all ranks; 0: 8 for each rank')
     epochs: float = of_optimisation(System.epochs, 'passes over the training windows')
