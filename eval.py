@@ -263,7 +263,7 @@ def result_of(run, args, rows, parameters, seconds):
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
-            'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join(map(str, sys.argv)),
+            'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             'evaluated_by': GIT, 'machine': machine(pick_device(args.device)),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
