@@ -170,10 +170,10 @@ def keep_freed_memory():
 
 def machine(device):
     """What this runs on, in words. device: cuda or cpu."""
-    name = torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        if device != 'cuda':                                             # Linux alone says which
-            name = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
+    info = Path('/proc/cpuinfo')                                         # Linux says which CPU, at times
+    named = re.search('model name.*: (.*)', info.read_text()) if info.exists() else None
+    cpu = named[1] if named else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == 'cuda' else cpu
     return f'{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, PyTorch {torch.__version__}'
 
 

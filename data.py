@@ -8,6 +8,7 @@ first, in one flat file of float32 that is memory-mapped afterwards (nanoGPT's .
 a slice of it. The cache is named after the files' contents and the settings, so changing either makes
 a new one.
 """
+import functools
 import hashlib
 import json
 import mmap
@@ -241,6 +242,12 @@ class Split:
         """(runs, len(names)) float64; log10 where the system says so."""
         columns = [np.log10(self.scalars[n]) if n in self.system.log_labels else self.scalars[n] for n in names]
         return np.stack(columns, 1)
+
+    @functools.cached_property
+    def standard_labels(self):
+        """(runs, L): the labels, z-scored over the runs."""
+        labels = self.labels(self.varying())
+        return (labels - labels.mean(0)) / labels.std(0)
 
     def varying(self):
         """Names of the scalars that vary over the runs: the labels, as the files call them."""

@@ -39,7 +39,6 @@ from finetune import epochs_of, finetune
 from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
-GIT = git_hash()
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
@@ -89,11 +88,12 @@ class Run:
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
         self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
-                       for s in SPLITS if s != 'test' or 'test' == args.split or args.save_embeddings}
+                       for s in SPLITS if s != 'test' or args.split == 'test' or args.save_embeddings}
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
                 raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
         self.shown = [self.system.name_of(name) for name in self.labels]
+        self.git = git_hash()                                            # of the code that evaluates, as it starts
         self.probe_seed = args.seed if args.seed >= 0 else c.seed
         self.seeds = {'data': read_recipe(self.root).get('seed', 'none'), 'training': c.seed, 'probe': self.probe_seed}
         self.probe_on(args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride))
@@ -264,7 +264,7 @@ def result_of(run, args, rows, parameters, seconds):
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
             'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            'evaluated_by': GIT, 'machine': machine(pick_device(args.device)),
+            'evaluated_by': run.git, 'machine': machine(pick_device(args.device)),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}

@@ -165,7 +165,7 @@ def tokens_of(network, x):
 def check_model(model):
     """The width of a Model's tokens. Raises ValueError unless they can be probed, at the size it is trained on."""
     x = torch.zeros(1, len(model.inputs.channels), FRAMES, *model.inputs.size)
-    if not any(callable(getattr(unwrapped(model.network), name, None)) for name in ('features', 'encoder')):
+    if not any(callable(getattr(model.network, name, None)) for name in ('features', 'encoder')):
         raise ValueError('the network needs an encoder, or features(x), to be probed')
     was = model.training
     with torch.random.fork_rng(devices=[]):

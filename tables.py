@@ -129,8 +129,7 @@ def collect(names, folder):
         for file in files:
             r = json.loads(file.read_text())
             first, same = first or r, same or r
-            check_alike(r, first, file)
-            check_same(r, same, file)
+            check_alike(r, first, same, file)
             start = r['run']['settings'].get('init')
             own_name = r['row'].endswith(variant)                        # as of one trained with labels
             title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
@@ -176,25 +175,29 @@ def summary(names, folder):
     return '\n'.join(lines)
 
 
-def check_alike(r, first, file):
-    """Raise ValueError unless a result was scored on test, and as the `first` one of its table was."""
+def as_probed(r):
+    """What the results of a table have in common."""
+    return {**{k: r[k] for k in ('system', 'labels', 'stride', 'windows')},
+            **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio')},
+            'field': r['field'].partition(',')[0]}                       # tiled or not, it is the same field
+
+
+def as_trained(r):
+    """What the results of a name have in common: all but their seeds, and where they lie."""
+    settings = {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
+    own = 'seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every'
+    return {k: v for k, v in settings.items() if k not in own}
+
+
+def check_alike(r, first, same, file):
+    """Raise ValueError unless a result is of test, and like the `first` of its table and the `same` of its name."""
     if 'by_run' not in r or r['split'] != 'test':
         raise ValueError(f'{file} was not scored on test by this version: python eval.py --split test')
-    kept = lambda r: {**{k: r[k] for k in ('system', 'labels', 'stride', 'windows')},
-                      **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio')},
-                      'field': r['field'].partition(',')[0]}             # tiled or not, it is the same field
-    for what, value in kept(r).items():
-        if value != kept(first)[what]:
-            raise ValueError(f'{file}: its {what} is {value}, that of the rest of its table {kept(first)[what]}')
-
-
-def check_same(r, first, file):
-    """Raise ValueError unless a result differs from the `first` of its name in nothing but its seeds."""
-    kept = lambda r: {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
-    for what, value in kept(r).items():
-        expected = kept(first).get(what, value)                          # a setting may be younger than a result
-        if what not in ('seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every') and value != expected:
-            raise ValueError(f'{file}: {what} is {value} in it, and {expected} in the first of its name')
+    for other, kept, whose in (first, as_probed, 'table'), (same, as_trained, 'name'):
+        there = kept(other)
+        for what, value in kept(r).items():
+            if value != there.get(what, value):                          # a setting may be younger than a result
+                raise ValueError(f'{file}: {what} is {value} in it, and {there[what]} in the first of its {whose}')
 
 
 def with_tables(text, folder):

@@ -88,9 +88,7 @@ def load_batch(data, c, step, micro):
     parts = [data.load(where, frames, c.crop, c.augment, seeds=[(c.seed, 2 + v, step, first + i) for i in range(local)])
              for v, (where, frames) in enumerate(views)]
     data.release()
-    labels = data.labels(data.varying())
-    labels = (labels - labels.mean(0)) / labels.std(0)
-    return torch.cat(parts, dim=2), torch.tensor(labels[windows[:, 0]])
+    return torch.cat(parts, dim=2), torch.tensor(data.standard_labels[windows[:, 0]])
 
 
 def other_time(t, last, seed):

@@ -116,7 +116,7 @@ def solver(pairs, keys, p, device):
     """
     fine = [n * p.settings['refine'] for n in p.grid]
     if 'layers' in p.settings:
-        draw = {name: p.settings[name] for name in ('layers', 'jumps', 'widths', 'blobs', 'waves')}
+        draw = {name: value for name, value in p.settings.items() if name != 'refine'}
         starts = [random_start(*fine, key, **draw, device=device) for key in keys]
         return ShearFlow(*zip(*pairs), *map(torch.stack, zip(*starts)))
     starts = list(itertools.product(*p.settings['starts']))

@@ -174,7 +174,7 @@ def test_no_two_splits_begin_nearly_alike(name):
     for s, (split, runs) in enumerate(p.runs.items()):
         keys = [[0, s, pair, run] for pair in range(len(p.pairs)) for run in range(runs)]
         if name == 'shear_flow':
-            draw = {name: p.settings[name] for name in ('layers', 'jumps', 'widths', 'blobs', 'waves')}
+            draw = {name: value for name, value in p.settings.items() if name != 'refine'}
             fields = [random_start(*grid, key, **draw)[0] for key in keys]
         elif name == 'active_matter':
             fields = [torch.view_as_real(active_matter_start(grid[0], key)[1]) for key in keys]
