@@ -1,6 +1,7 @@
 """data.py: windows, labels, crops, symmetries, the cache."""
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,16 @@ def test_cache_is_reused_and_rebuilt(published):
     elsewhere = published.parent / 'elsewhere'
     open_split(published, cache_dir=elsewhere)
     assert stamps() == now and len(list(elsewhere.iterdir())) == 2
+
+
+def test_each_split_keeps_its_cache(published):
+    """Building one does not remove another's: each is as large as its fields, and opened again as it is."""
+    for split in 'train', 'valid', 'test':
+        if split != 'train':
+            shutil.copytree(published / 'data' / 'train', published / 'data' / split, dirs_exist_ok=True)
+        open_split(published, split)
+    kept = sorted(p.name for p in (published / 'cache').iterdir())
+    assert [name.partition('-')[0] for name in kept] == ['test'] * 2 + ['train'] * 2 + ['valid'] * 2
 
 
 def test_two_runs_may_start_at_once(published, monkeypatch):

@@ -92,3 +92,21 @@ def test_uninformative_features_score_like_the_mean():
     splits = {name: (torch.ones(300, 2, 8), y) for name in ('train', 'valid', 'test')}
     assert torch.allclose(mse(splits, probe.linear(splits)).float(), torch.ones(2), atol=1e-4)
     assert torch.allclose(mse(splits, probe.attentive(splits, epochs=5)[0]), torch.ones(2), atol=2e-2)
+
+
+def test_ridge_strength_is_chosen_on_valid():
+    """As many features as windows: the weakest penalty fits the training windows, noise and all."""
+    splits = planted(n=40, dim=40, noise=1.0)
+    weakest = probe.linear(splits, strengths=(1e-8,))
+    assert (mse(splits, probe.linear(splits)) < 0.5 * mse(splits, weakest)).all()
+
+
+def test_features_are_of_one_scale():
+    """A large feature that says nothing does not drown a small one that says all, for neighbours and for ridge."""
+    splits = planted(dim=8, noise=0.1)
+    for name, (x, y) in splits.items():
+        x = torch.cat([y[:, None, :].expand(-1, x.shape[1], -1), x * 1000], 2)
+        splits[name] = x, y
+    assert (mse(splits, probe.knn(splits)) < 0.5).all()
+    small = {name: (x * 1e-6, y) for name, (x, y) in splits.items()}
+    assert torch.allclose(probe.linear(small), probe.linear(splits), atol=1e-3)

@@ -187,6 +187,27 @@ def test_no_two_splits_begin_nearly_alike(name):
         assert distance.min() > 0.2, split
 
 
+def test_the_seed_reaches_the_data(tmp_path):
+    """Another seed, other fields; the same seed, the same bytes."""
+    def first_file(folder, seed):
+        with pytest.MonkeyPatch.context() as patch:
+            presets = find_system('shear_flow').presets
+            patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
+                **FLUIDS['shear_flow'], 'frames': 2, 'pairs': [(50.0, 1.0)]}))
+            return files_of(simulate.make_dataset('shear_flow', tmp_path / folder, seed=seed))[0].read_bytes()
+    assert first_file('a', 0) == first_file('b', 0) != first_file('c', 1)
+
+
+def test_layers_of_shear_flow_lie_anywhere():
+    """Not four at the quarters of the box, whatever the seed."""
+    p, y, places = find_system('shear_flow').presets['nano'], -1 + 2 * np.arange(256) / 256, []
+    draw = {name: value for name, value in p.settings.items() if name != 'refine'}
+    for seed in range(64):
+        profile = random_start(4, 256, seed, **{**draw, 'waves': 0.0})[0][0, 0]
+        places.append(y[profile.diff().abs().argmax()] % 0.5)            # a quarter of the box
+    assert np.histogram(places, 5, (0, 0.5))[0].min() > 4
+
+
 def test_unresolved_runs_are_named(tmp_path, capsys):
     """A thin shear on a coarse grid: the files are written, and the output says that they are not resolved."""
     with pytest.MonkeyPatch.context() as patch:

@@ -92,6 +92,20 @@ class Chance(torch.nn.Module):
         return {'loss': self.weight * torch.nn.functional.dropout(context).mean()}
 
 
+def test_accumulated_gradients_are_the_mean_of_the_windows():
+    """Of all micro-batches: one step of four windows moves the weights as two of two do together."""
+    x = torch.rand(4, 1, 32, 4, 4)
+
+    def gradient(micro_batch):
+        c = config.Config(batch=4, micro_batch=micro_batch)
+        model = Model(Chance(), Inputs('any', ['a'], (True, True), (4, 4)), [0], [1]).eval()
+        model.network.forward = lambda context, target, generator: {'loss': model.network.weight * context.mean()}
+        parts = iter([(part, None) for part in x.split(micro_batch)])
+        train.train_step(model, model.network, torch.optim.SGD(model.parameters(), 0.1), parts, c, 0)
+        return model.network.weight.grad.item()
+    assert gradient(4) == pytest.approx(x[:, :, :16].mean().item()) == pytest.approx(gradient(2))
+
+
 def test_dropout_depends_on_seed_and_step_alone():
     """Whatever was drawn before: else a resumed run would not be the one that was killed."""
     c, x = config.Config(batch=2, micro_batch=2), torch.ones(2, 1, 32, 4, 4)
