@@ -1,7 +1,7 @@
 """
 Do the tests bite? Breaks one line at a time, in a copy, and runs the tests that should notice.
 
-    python tests/mutants.py                # all: about fifteen minutes on a core
+    python tests/mutants.py                # all: about half an hour on a core
     python tests/mutants.py betas noise    # those with one of these words in their line
 
 A mutant that passes its tests has survived: exit code 1, and a test is missing. Not part of the test suite.
