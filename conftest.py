@@ -22,7 +22,7 @@ def fluids(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             presets = find_system(name).presets
             patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **size))
-            simulate.make_dataset(name, folder)
+            simulate.make_dataset(name, folder, unresolved=True)         # they are small
     return folder
 
 

@@ -48,10 +48,10 @@ def find_dataset(name, data_dir, build=False, seed=0):
 
 
 def read_recipe(root):
-    """{'preset', 'seed'} that a dataset was simulated with; {} if it was not."""
+    """{'preset', 'seed', 'unresolved'} that a dataset was simulated with; {} if it was not."""
     note = root / 'simulated.json'
     try:
-        return {k: json.loads(note.read_text())[k] for k in ('preset', 'seed')} if note.exists() else {}
+        return {k: json.loads(note.read_text())[k] for k in ('preset', 'seed', 'unresolved')} if note.exists() else {}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
 

@@ -93,7 +93,7 @@ def make_miniature(folder, seed=0):
         patch.setitem(presets, 'nano', dataclasses.replace(
             presets['nano'], grid=(GRID, GRID), pairs=[(a, z) for a in ALPHAS for z in ZETAS], runs=RUNS,
             files_at_once=3, settings={'dt': 0.0625}, domain={}))
-        return simulate.make_dataset('active_matter', folder, 'nano', seed)
+        return simulate.make_dataset('active_matter', folder, 'nano', seed, unresolved=True)           # it is small
 
 
 FLUIDS = {                                                               # as the tests simulate them

@@ -208,16 +208,26 @@ def test_layers_of_shear_flow_lie_anywhere():
     assert np.histogram(places, 5, (0, 0.5))[0].min() > 4
 
 
-def test_unresolved_runs_are_named(tmp_path, capsys):
-    """A thin shear on a coarse grid: the files are written, and the output says that they are not resolved."""
+def test_unresolved_runs_are_refused(tmp_path, capsys):
+    """A thin shear on a coarse grid: one line that names the file, and no file; with the flag, files and the line."""
     with pytest.MonkeyPatch.context() as patch:
         presets = find_system('shear_flow').presets
         patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
-            **FLUIDS['shear_flow'], 'frames': 3, 'pairs': [(1e4, 1.0)]}))
-        simulate.make_dataset('shear_flow', tmp_path)
-    assert len(files_of(tmp_path / 'shear_flow')) == 1
-    printed = ''.join(capsys.readouterr())
-    assert 'Reynolds_10000_Schmidt_1.hdf5' in printed and re.search('[1-4] of 4 runs are not resolved', printed)
+            **FLUIDS['shear_flow'], 'frames': 12, 'pairs': [(50.0, 1.0), (1e5, 1.0)], 'files_at_once': 1}))
+        command = ['shear_flow', '--data-dir', str(tmp_path), '--device', 'cpu']
+        with pytest.raises(SystemExit) as stopped:
+            simulate.main(command)
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and 'Reynolds_100000_Schmidt_1.hdf5' in line and '--unresolved' in line
+        assert [p.name for p in files_of(tmp_path / 'shear_flow')] == ['shear_flow_Reynolds_50_Schmidt_1.hdf5']
+        assert not list(tmp_path.rglob('*.part'))
+        (tmp_path / 'shear_flow' / 'simulated.json').unlink()
+        files_of(tmp_path / 'shear_flow')[0].unlink()
+        simulate.main([*command, '--unresolved'])
+    assert len(files_of(tmp_path / 'shear_flow')) == 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if 'last third' in line)
+    share = float(re.search(r'At most (\S+) of the energy', line)[1])
+    assert share > simulate.RESOLVED == 1e-3 and 'Reynolds_100000' in line and 'not resolved' in line
 
 
 @both_fluids
