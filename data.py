@@ -51,7 +51,8 @@ def read_recipe(root):
     """{'preset', 'seed', 'unresolved'} that a dataset was simulated with; {} if it was not."""
     note = root / 'simulated.json'
     try:
-        return {k: json.loads(note.read_text())[k] for k in ('preset', 'seed', 'unresolved')} if note.exists() else {}
+        there = {'unresolved': False} | json.loads(note.read_text()) if note.exists() else {}
+        return {k: there[k] for k in ('preset', 'seed', 'unresolved')} if there else {}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
 
@@ -256,9 +257,14 @@ class Split:
     def normalization(self, normalize):
         """(mean, std) by channel that fields are to be z-scored with; (0, 1) if not `normalize`.
 
-        A channel that hardly varies (the concentration) is not blown up: std is at least 1e-3.
+        A channel that hardly varies (the concentration) is not blown up: std is at least 1e-3. Components of a vector
+        or tensor share one std, the root of their mean variance: a turned field is as large as it was.
         """
-        return (self.mean, np.maximum(self.std, 1e-3)) if normalize else (0 * self.mean, 0 * self.std + 1)
+        if not normalize:
+            return 0 * self.mean, 0 * self.std + 1
+        names = [split_name(name)[0] for name in self.channels]
+        variance = [np.mean([s**2 for s, other in zip(self.std, names) if other == name]) for name in names]
+        return self.mean, np.maximum(np.sqrt(np.float32(variance)), np.float32(1e-3))
 
     def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
         """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units.
@@ -288,6 +294,12 @@ class Split:
             self.fields._mmap.madvise(mmap.MADV_DONTNEED)
 
 
+def split_name(channel):
+    """('velocity', 'x') of velocity_x, ('D', 'xy') of D_xy; a scalar's component is ''."""
+    field, _, component = channel.rpartition('_')
+    return (field, component) if field and component and set(component) <= {'x', 'y'} else (channel, '')
+
+
 def wrapped_copy(field, x0, y0, out):
     """out (..., h, w) = field (..., H, W) from (x0, y0) on, periodically continued."""
     (H, W), (h, w) = field.shape[-2:], out.shape[-2:]
@@ -313,8 +325,8 @@ def transform(fields, channels, element):
         axis = {'x': (axis['y'][0], -axis['y'][1]), 'y': axis['x']}
     out = np.empty(fields.shape, fields.dtype)
     for c, name in enumerate(channels):
-        base, _, component = name.rpartition('_')
-        if base and set(component) <= {'x', 'y'}:
+        base, component = split_name(name)
+        if component:
             source = base + '_' + ''.join(axis[a][0] for a in component)
             sign = np.prod([axis[a][1] for a in component])
         else:

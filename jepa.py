@@ -28,9 +28,10 @@ TERMS = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance'}    # what 
 @dataclass
 class Options:
     """The defaults are the paper's."""
-    fold: int = option(0, 'hidden width of a stem that folds 2 x 2 x 2 neighbours into channels; 0: the paper\'s stem')
-    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths, one per stage; with a fold there is one less')
-    blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks per stage')
+    encoder: str = option('convnext', "convnext, the paper's, or statistics, local ones averaged: for small runs")
+    widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths: of the five stages, or of products, thresholds, '
+                                                   'coarser thresholds and embedding')
+    blocks: tuple = option((3, 3, 3, 9, 3), "residual blocks per stage of the paper's encoder")
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
     sim_coeff: float = option(2.0, 'weight of the invariance term')
@@ -41,23 +42,23 @@ class Options:
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
 
 
-NANO = dict(views='unpaired', loss_rows='global', fold=64, widths=(32, 64, 64, 32), blocks=(0, 1, 1, 1),
-            layer_scale=1.0, residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True,
-            batch=64, micro_batch=64, steps=400, lr=3e-3)
-PRESETS = {'paper': {}, 'nano': NANO,
-           ('nano', 'shear_flow'): dict(cov_coeff=0.4), ('nano', 'rayleigh_benard'): dict(cov_coeff=0.4)}
+NANO = dict(views='other-time', loss_rows='global', encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0,
+            residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, lr=3e-3)
+PRESETS = {'paper': {}, 'nano': NANO}
 
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    stages = 4 if options.fold else 5
-    if len(options.widths) != stages or len(options.blocks) != stages:
-        raise ValueError(f'the encoder has {stages} stages' + (' with a fold' if options.fold else '') +
-                         f': give {stages} --widths and {stages} --blocks')
+    if options.encoder not in ENCODERS:
+        raise ValueError(f'--encoder is {" or ".join(ENCODERS)}, not {options.encoder!r}')
+    if len(options.widths) != ENCODERS[options.encoder].parts:
+        raise ValueError(f'the {options.encoder} encoder takes {ENCODERS[options.encoder].parts} --widths')
+    if options.encoder == 'convnext' and len(options.blocks) != len(options.widths):
+        raise ValueError(f'the convnext encoder has {len(options.widths)} stages: give as many --blocks')
     if not all(isinstance(n, int) for n in options.widths + options.blocks):
         raise ValueError('--widths and --blocks are whole numbers')
-    if min(options.widths) < 1 or min(options.fold, *options.blocks) < 0 or options.chunks < 1:
-        raise ValueError('--widths and --chunks must be at least 1, --blocks and --fold at least 0')
+    if min(options.widths) < 1 or min(options.blocks) < 0 or options.chunks < 1:
+        raise ValueError('--widths and --chunks must be at least 1, --blocks at least 0')
     if options.loss_rows not in ('local', 'global'):
         raise ValueError(f'--loss-rows is local or global, not {options.loss_rows!r}')
     if options.widths[-1] % 8:
@@ -108,23 +109,6 @@ class Stem(nn.Conv3d):
         return x.view(B, T, -1, H, W).transpose(1, 2)
 
 
-class Fold(nn.Sequential):
-    """2 x 2 x 2 neighbours into channels, then a pointwise network: (B, C, T, H, W) -> (B, dim, T/2, H/2, W/2).
-
-    Not the paper's. Products of channels, gradients and changes in time can form before anything is averaged, at an
-    eighth of the points.
-    """
-
-    def __init__(self, channels, hidden, dim):
-        super().__init__(nn.Linear(8 * channels, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x):
-        B, C, T, H, W = x.shape
-        x = x.view(B, C, T // 2, 2, H // 2, 2, W).permute(0, 2, 4, 1, 3, 5, 6)         # rows stay whole: faster
-        x = x.reshape(B, T // 2, H // 2, 4 * C, W // 2, 2).permute(0, 1, 2, 4, 3, 5).flatten(4)
-        return super().forward(x).movedim(-1, 1)                         # from (B, T/2, H/2, W/2, 8C)
-
-
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, T, H, W) or (B, C, H, W)."""
 
@@ -155,16 +139,17 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding. H, W divisible by 16.
 
-    A stem, then a stage of residual blocks at each width with a halving of T, H and W between them;
-    after four halvings T is 1 and the last stage is two-dimensional. The defaults are the paper's; a `fold`
-    is a stem and the first halving in one. Raises ValueError for other numbers of frames or indivisible resolutions.
+    A stem, then a stage of residual blocks at each width with a halving of T, H and W between them; after four
+    halvings T is 1 and the last stage is two-dimensional. The defaults are the paper's. Raises ValueError for other
+    numbers of frames or indivisible resolutions.
     """
 
-    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, fold=0):
+    parts = 5                                                            # as many widths
+
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
         super().__init__()
         self.dim = widths[-1]
-        stem = nn.Sequential(Fold(channels, fold, widths[0]) if fold else Stem(channels, widths[0]),
-                             ChannelNorm(widths[0]))
+        stem = nn.Sequential(Stem(channels, widths[0]), ChannelNorm(widths[0]))
         self.downsample_layers = nn.ModuleList([stem] + [
             nn.Sequential(ChannelNorm(a), nn.Conv3d(a, b, kernel_size=2, stride=2))
             for a, b in zip(widths, widths[1:])])
@@ -173,16 +158,68 @@ class Encoder(nn.Module):
             for i, (w, n) in enumerate(zip(widths, blocks))])
 
     def forward(self, x):
-        B, C, T, H, W = x.shape
-        if T != 16 or H % 16 or W % 16:
-            raise ValueError(f'the encoder halves time and space four times: it needs 16 frames and a resolution '
-                             f'divisible by 16, not {T} frames of {H} x {W}')
+        check_shape(x)
         for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.res_blocks)):
             x = downsample(x)                                            # (B, widths[i], T, H, W), halved i times
             if i == len(self.res_blocks) - 1:
                 x = x.squeeze(2)                                         # (B, widths[-1], H/16, W/16)
             x = blocks(x)
         return x
+
+
+def jets(x):
+    """Values, rates and gradients of (B, C, T, H, W), at every fourth frame and point: (B, 4C, T/4, H/4, W/4).
+
+    Of 2 x 2 x 2 neighbours the mean, and the differences along t, x and y. Neighbours in a resolved field differ by a
+    few percent of its size, and what enters so small a network finds late: hence the factor.
+    """
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T // 4, 4, H // 4, 4, W // 4, 4)[:, :, :, :2, :, :2, :, :2]       # (B, C, T/4, 2, H/4, 2, W/4, 2)
+    mean, change = lambda x, axis: sum(x.unbind(axis)) / 2, lambda x, axis: 8 * (x.select(axis, 1) - x.select(axis, 0))
+    x_y, x_t = mean(x, 7), mean(mean(x, 7), 5)
+    return torch.cat([mean(x_t, 3), change(x_t, 3), mean(change(x_y, 5), 3), mean(mean(change(x, 7), 5), 3)], 1)
+
+
+class Statistics(nn.Module):
+    """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding. H, W divisible by 16. Not the paper's.
+
+    What a physicist would average over the field, learned: products of fields, rates and gradients (energies,
+    dissipation), how often they pass a threshold, here and over a coarser neighbourhood, their means over the 16
+    frames and 16 x 16 points of a token on a logarithmic scale, and a small network of these means.
+    """
+
+    parts = 4                                                            # as many widths
+
+    def __init__(self, channels, widths=(64, 64, 64, 32), **_):
+        super().__init__()
+        products, thresholds, coarse, self.dim = widths
+        self.factors = nn.Linear(4 * channels, 2 * products)
+        self.thresholds = nn.Linear(products, thresholds)
+        self.coarse = nn.Conv3d(thresholds, coarse, kernel_size=2, stride=2)
+        means = products + thresholds + coarse
+        self.head = nn.Sequential(nn.LayerNorm(means), nn.Linear(means, 128), nn.GELU(), nn.Linear(128, self.dim))
+
+    def forward(self, x):
+        check_shape(x)
+        a, b = self.factors(jets(x).movedim(1, -1)).chunk(2, -1)         # (B, 4, H/4, W/4, products)
+        products = a * b
+        thresholds = F.relu(self.thresholds(products))                   # (B, 4, H/4, W/4, thresholds)
+        coarse = F.relu(self.coarse(thresholds.movedim(-1, 1)))          # (B, coarse, 2, H/8, W/8)
+        means = torch.cat([F.avg_pool3d(products.movedim(-1, 1), 4), F.avg_pool3d(thresholds.movedim(-1, 1), 4),
+                           F.avg_pool3d(coarse, 2)], 1).squeeze(2)       # (B, means, H/16, W/16)
+        means = torch.asinh(8 * means).movedim(1, -1)                    # logarithmic, and linear about zero
+        return self.head(means).movedim(-1, 1)
+
+
+def check_shape(x):
+    """Raise ValueError unless fields (B, C, T, H, W) are 16 frames of sides divisible by 16."""
+    T, H, W = x.shape[2:]
+    if T != 16 or H % 16 or W % 16:
+        raise ValueError(f'the encoder halves time and space four times: it needs 16 frames and a resolution divisible '
+                         f'by 16, not {T} frames of {H} x {W}')
+
+
+ENCODERS = {'convnext': Encoder, 'statistics': Statistics}
 
 
 class Predictor(nn.Module):
@@ -211,13 +248,13 @@ class JEPA(nn.Module):
     have no partner: they are matched at random.
     """
 
-    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, fold=0,
-                 sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, loss_rows='local',
+    def __init__(self, channels, encoder='convnext', widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3),
+                 layer_scale=1e-6, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, loss_rows='local',
                  standardize=False, residual=False, paired=True):
         super().__init__()
         self.standardize, self.residual, self.paired = standardize, residual, paired
         self.gather = gather if loss_rows == 'global' else lambda z: z
-        self.encoder = Encoder(channels, widths, blocks, layer_scale, fold)
+        self.encoder = ENCODERS[encoder](channels, widths, blocks=blocks, layer_scale=layer_scale)
         self.predictor = Predictor(widths[-1], layer_scale)
         self.loss_settings = dict(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, chunks=chunks)
 

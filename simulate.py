@@ -154,7 +154,7 @@ def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device
     recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
     note = root / 'simulated.json'
     existing = sorted(root.glob('data/*/*.hdf5'))
-    if note.exists() and json.loads(note.read_text()) != recipe:
+    if note.exists() and {'unresolved': False} | json.loads(note.read_text()) != recipe:       # a note may be older
         raise ValueError(f'{root} was simulated with other settings ({note}): delete it or choose another --data-dir')
     if existing and not note.exists():
         raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '

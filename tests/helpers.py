@@ -144,7 +144,7 @@ def attributes(node):
 STEPS = 40
 BASE = ['--preset', 'nano', '--crop', 16, '--resolution', GRID, '--batch', 8, '--micro-batch', 8, '--steps', STEPS,
         '--save-every', 3, '--device', 'cpu', '--dtype', 'float32']
-TINY = [*BASE, '--fold', 0, '--widths', '4,4,8,8,8', '--blocks', '0,1,1,1,1']     # a small JEPA
+TINY = [*BASE, '--encoder', 'convnext', '--widths', '4,4,8,8,8', '--blocks', '0,1,1,1,1']     # a small JEPA
 
 
 def command(script, *flags, **environment):

@@ -1,11 +1,12 @@
 """jepa.py: the official network and step, its checkpoints, and what nano adds to the paper's objective."""
+import itertools
 import re
 
 import pytest
 import torch
 
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
-from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_published
+from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, Statistics, jets, load_published
 
 
 @both_dtypes
@@ -107,3 +108,39 @@ def test_depthwise_convolution_is_conv3d(T):
     for g, h in zip(torch.autograd.grad((a * weigh).sum(), [x, ours.weight, ours.bias]),
                     torch.autograd.grad((b * weigh).sum(), [x, theirs.weight, theirs.bias])):
         assert torch.allclose(g, h, rtol=0, atol=1e-11)
+
+
+def test_jets_are_values_rates_and_gradients():
+    """Of a field linear in t, x and y: its value between the first two of every four points, and its slopes."""
+    t, x, y = torch.meshgrid(torch.arange(16.), torch.arange(32.), torch.arange(16.), indexing='ij')
+    field = torch.stack([1 + 2 * t + 3 * x - 5 * y, t * 0 + 7])[None]    # (1, 2, 16, 32, 16)
+    out = jets(field)
+    assert out.shape == (1, 8, 4, 8, 4)
+    middle = lambda v: v[::4, ::4, ::4] + 0.5
+    assert torch.allclose(out[0, 0], 1 + 2 * middle(t) + 3 * middle(x) - 5 * middle(y))
+    assert [v.unique().tolist() for v in out[0, 2::2]] == [[16], [24], [-40]]          # eight times the slopes
+    assert out[0, 1].unique().tolist() == [7] and not out[0, 3::2].any()
+
+
+def test_statistics_are_means_over_a_token():
+    """Point by point, as written in its docstring; and a token sees only its own 16 x 16 points."""
+    torch.manual_seed(0)
+    encoder, x = Statistics(3, (5, 6, 4, 8)), torch.randn(2, 3, 16, 32, 48)
+    out = encoder(x)                                                     # (2, 8, 2, 3)
+    assert out.shape == (2, 8, 2, 3) and encoder.dim == 8
+    points = jets(x)[1, :, :, 4:8, 8:12]                                 # (12, 4, 4, 4) of the token at (1, 2)
+    products, thresholds, coarse = torch.zeros(4, 4, 4, 5), torch.zeros(4, 4, 4, 6), torch.zeros(2, 2, 2, 4)
+    for p in itertools.product(range(4), repeat=3):
+        factors = encoder.factors.weight @ points[:, *p] + encoder.factors.bias
+        products[p] = factors[:5] * factors[5:]
+        thresholds[p] = (encoder.thresholds.weight @ products[p] + encoder.thresholds.bias).relu()
+    for t, i, j in itertools.product(range(2), repeat=3):
+        around = thresholds[2 * t:2 * t + 2, 2 * i:2 * i + 2, 2 * j:2 * j + 2]
+        coarse[t, i, j] = (torch.einsum('octij,tijc->o', encoder.coarse.weight, around) + encoder.coarse.bias).relu()
+    means = torch.cat([v.flatten(0, 2).mean(0) for v in (products, thresholds, coarse)])
+    assert torch.allclose(out[1, :, 1, 2], encoder.head(torch.asinh(8 * means)), atol=1e-5)
+    changed = x.clone()
+    changed[:, :, :, :16] += 1
+    assert torch.equal(encoder(changed)[:, :, 1], out[:, :, 1])
+    with pytest.raises(ValueError, match='16 frames'):
+        encoder(x[:, :, :8])

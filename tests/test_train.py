@@ -23,11 +23,13 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
         c, _, options = config.parse(flags, '')
         return c.preset, getattr(options, 'cov_coeff', None), c.steps
     assert settings('--preset', 'paper', '--data', 'shear_flow') == ('paper', 2.0, -1)
-    assert settings() == ('nano', 4.0, 400)
-    assert settings('--data', 'shear_flow') == ('nano', 0.4, 400)
-    assert settings('--data', 'shear_flow', '--cov-coeff', '3.0') == ('nano', 3.0, 400)
-    assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 1600)
+    assert settings() == ('nano', 4.0, 1600)
+    monkeypatch.setitem(find_model('jepa').PRESETS, ('nano', 'shear_flow'), dict(cov_coeff=0.4))
+    assert settings('--data', 'shear_flow') == ('nano', 0.4, 1600)
+    assert settings('--data', 'shear_flow', '--cov-coeff', '3.0') == ('nano', 3.0, 1600)
+    assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 3200)
     assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 0.4, 20)
+    assert settings('--data', 'rayleigh_benard') == ('nano', 4.0, 1600)
 
 
 def test_each_rank_takes_eight_windows_at_once(tmp_path, monkeypatch):
@@ -40,25 +42,25 @@ def test_each_rank_takes_eight_windows_at_once(tmp_path, monkeypatch):
         config.parse(['--preset', 'paper', '--micro-batch', '2'], '')
 
 
-# whole, normalize, augment, paired views; those of the paper are in test_protocol.py. All see 25,600 windows
+# whole, normalize, augment, paired views; those of the paper are in test_protocol.py. All see 51,200 windows
 SETTINGS = """
 model    system          flags crop stride batch steps lr warm-up
-jepa     active_matter   yyyn 32 1 64  400  0.003 0.5
-jepa     shear_flow      yyyn 32 4 64  400  0.003 0.5
-jepa     rayleigh_benard yyyn 32 4 64  400  0.003 0.5
-videomae active_matter   yyyy 32 1 32  800 0.0015 0.3
-videomae shear_flow      yyyy 32 4 32  800 0.0015 0.3
-videomae rayleigh_benard yyyy 32 4 32  800 0.0015 0.3
-mpp      active_matter   ynyy  0 1 16 1600  0.003 0.5
-mpp      shear_flow      ynyy  0 4 16 1600  0.003 0.5
-mpp      rayleigh_benard ynyy  0 4 16 1600  0.003 0.5
-disco    active_matter   ynyy 32 1 16 1600  0.003 0.5
-disco    shear_flow      ynyy 32 4 16 1600  0.003 0.5
-disco    rayleigh_benard ynyy 32 4 16 1600  0.003 0.5
+jepa     active_matter   yyyn 32 1 32 1600  0.003 0.5
+jepa     shear_flow      yyyn 32 4 32 1600  0.003 0.5
+jepa     rayleigh_benard yyyn 32 4 32 1600  0.003 0.5
+videomae active_matter   yyyy 32 1 32 1600 0.0015 0.3
+videomae shear_flow      yyyy 32 4 32 1600 0.0015 0.3
+videomae rayleigh_benard yyyy 32 4 32 1600 0.0015 0.3
+mpp      active_matter   ynyy  0 1 16 3200  0.003 0.5
+mpp      shear_flow      ynyy  0 4 16 3200  0.003 0.5
+mpp      rayleigh_benard ynyy  0 4 16 3200  0.003 0.5
+disco    active_matter   ynyy 32 1 16 3200  0.003 0.5
+disco    shear_flow      ynyy 32 4 16 3200  0.003 0.5
+disco    rayleigh_benard ynyy 32 4 16 3200  0.003 0.5
 """
 OF_NANO = {
-    'jepa': dict(fold=64, widths=(32, 64, 64, 32), blocks=(0, 1, 1, 1), layer_scale=1.0, residual=True, sim_coeff=10.0,
-                 std_coeff=40.0, chunks=1, standardize=True, loss_rows='global'),
+    'jepa': dict(encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0, residual=True, sim_coeff=10.0,
+                 std_coeff=40.0, cov_coeff=4.0, chunks=1, standardize=True, loss_rows='global'),
     'videomae': dict(size='nano', patch=8, mask_ratio=0.75, decoder_width=128, decoder_depth=2),
     'mpp': dict(size='nano', layer_scale=0.1, official_state_map=False),
     'disco': dict(width=32, depth=2, heads=2, patch=8, layer_scale=0.1, operator_width=4, generator_width=16,
@@ -74,11 +76,10 @@ def test_settings_of_nano(row, tmp_path, monkeypatch):
     assert c.preset == 'nano' and (c.resolution, c.noise, c.weight_decay, c.min_lr) == (0, 0.0, 0.05, 1e-6)
     assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.views == 'paired')) == flags
     assert [c.crop, c.stride, c.batch, c.steps, c.lr, c.warmup_epochs] == [float(v) for v in numbers]
-    assert c.batch == c.micro_batch and c.batch * c.steps == 25600
-    assert c.views == ('unpaired' if model == 'jepa' else 'paired')
+    assert c.batch == c.micro_batch and c.batch * c.steps == 51200
+    assert c.views == ('other-time' if model == 'jepa' else 'paired')
     found = vars(options)
     assert {k: found[k] for k in OF_NANO[model]} == OF_NANO[model]
-    assert found.get('cov_coeff', 0) == (0 if model != 'jepa' else 4.0 if system == 'active_matter' else 0.4)
 
 
 class Chance(torch.nn.Module):
