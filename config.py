@@ -39,7 +39,8 @@ class Config:
     crop: int = of_data(0, 'side of the random square cut from each training window; 0: the whole field')
     stride: int = of_data(System.stride, 'frames between window starts')
     noise: float = of_data(System.noise, 'std of Gaussian noise added to the inputs')
-    normalize: bool = of_data(False, 'z-score each channel with the training split\'s mean and std')
+    normalize: bool = of_data(False, 'z-score with the training split\'s mean and std; the components of a vector '
+                                    'share one std')
     augment: bool = of_data(False, 'random shifts and mirrorings under which the equations are the same')
     views: str = of_data('paired', 'what the target is: paired, the next 16 frames at the same place; unpaired, those '
                                    'at another place, shifted and turned on its own, so that only what the whole run '

@@ -48,13 +48,8 @@ def find_dataset(name, data_dir, build=False, seed=0):
 
 
 def read_recipe(root):
-    """{'preset', 'seed', 'unresolved'} that a dataset was simulated with; {} if it was not."""
-    note = root / 'simulated.json'
-    try:
-        there = {'unresolved': False} | json.loads(note.read_text()) if note.exists() else {}
-        return {k: there[k] for k in ('preset', 'seed', 'unresolved')} if there else {}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
+    """{'preset', 'seed'} that a dataset was simulated with; {} if it was not."""
+    return {k: v for k, v in simulate.read_note(Path(root)).items() if k in ('preset', 'seed')}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,14 +252,14 @@ class Split:
     def normalization(self, normalize):
         """(mean, std) by channel that fields are to be z-scored with; (0, 1) if not `normalize`.
 
-        A channel that hardly varies (the concentration) is not blown up: std is at least 1e-3. Components of a vector
-        or tensor share one std, the root of their mean variance: a turned field is as large as it was.
+        A channel that hardly varies (the concentration) is not blown up: std is at least 1e-3. Components along x and y
+        of a vector or tensor share one std, the root of their mean variance: turned, it is as large as before.
         """
         if not normalize:
             return 0 * self.mean, 0 * self.std + 1
-        names = [split_name(name)[0] for name in self.channels]
-        variance = [np.mean([s**2 for s, other in zip(self.std, names) if other == name]) for name in names]
-        return self.mean, np.maximum(np.sqrt(np.float32(variance)), np.float32(1e-3))
+        names = [(field, len(component)) for field, component in map(split_name, self.channels)]
+        variance = [np.mean([np.float64(s)**2 for s, other in zip(self.std, names) if other == name]) for name in names]
+        return self.mean, np.maximum(np.float32(np.sqrt(variance)), np.float32(1e-3))
 
     def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
         """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units.

@@ -8,7 +8,8 @@ JEPA for physics: predict the embedding of the next 16 frames from the embedding
 One encoder, a 3-D ConvNeXt that halves time, height and width four times, and a small convolutional
 predictor, trained together (arXiv 2603.13227). Nothing is reconstructed: what the loss keeps of the
 fields is what helps to say where the embedding goes next. Module names are the official code's, so
-its checkpoints load as they are.
+its checkpoints load as they are. The `nano` preset is for small runs: a small encoder of another
+kind, `Statistics`, and as target any other 16 frames of the run.
 """
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ def check(options, height, width):
     if options.encoder not in ENCODERS:
         raise ValueError(f'--encoder is {" or ".join(ENCODERS)}, not {options.encoder!r}')
     if len(options.widths) != ENCODERS[options.encoder].parts:
-        raise ValueError(f'the {options.encoder} encoder takes {ENCODERS[options.encoder].parts} --widths')
+        raise ValueError(f'the {options.encoder} encoder takes {ENCODERS[options.encoder].parts} --widths: '
+                         f'{"16,32,64,128,128" if options.encoder == "convnext" else "64,64,64,32"} are its own')
     if options.encoder == 'convnext' and len(options.blocks) != len(options.widths):
         raise ValueError(f'the convnext encoder has {len(options.widths)} stages: give as many --blocks')
     if not all(isinstance(n, int) for n in options.widths + options.blocks):
@@ -170,27 +172,34 @@ class Encoder(nn.Module):
 def jets(x):
     """Values, rates and gradients of (B, C, T, H, W), at every fourth frame and point: (B, 4C, T/4, H/4, W/4).
 
-    Of 2 x 2 x 2 neighbours the mean, and the differences along t, x and y. Neighbours in a resolved field differ by a
-    few percent of its size, and what enters so small a network finds late: hence the factor.
+    Of 2 x 2 x 2 neighbours the mean, and the differences along t, x and y (not divided by their distance). Neighbours
+    in a resolved field differ by a few percent of its size, and what enters so small a network finds late: hence the 8.
     """
     B, C, T, H, W = x.shape
     x = x.view(B, C, T // 4, 4, H // 4, 4, W // 4, 4)[:, :, :, :2, :, :2, :, :2]       # (B, C, T/4, 2, H/4, 2, W/4, 2)
-    mean, change = lambda x, axis: sum(x.unbind(axis)) / 2, lambda x, axis: 8 * (x.select(axis, 1) - x.select(axis, 0))
-    x_y, x_t = mean(x, 7), mean(mean(x, 7), 5)
-    return torch.cat([mean(x_t, 3), change(x_t, 3), mean(change(x_y, 5), 3), mean(mean(change(x, 7), 5), 3)], 1)
+
+    def mean(x, axis):
+        return (x.select(axis, 0) + x.select(axis, 1)) / 2
+
+    def change(x, axis):
+        return 8 * (x.select(axis, 1) - x.select(axis, 0))
+    over_y = mean(x, 7)                                                  # (B, C, T/4, 2, H/4, 2, W/4)
+    over_xy = mean(over_y, 5)                                            # (B, C, T/4, 2, H/4, W/4)
+    return torch.cat([mean(over_xy, 3), change(over_xy, 3), mean(change(over_y, 5), 3),
+                      mean(mean(change(x, 7), 5), 3)], 1)
 
 
 class Statistics(nn.Module):
     """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding. H, W divisible by 16. Not the paper's.
 
     What a physicist would average over the field, learned: products of fields, rates and gradients (energies,
-    dissipation), how often they pass a threshold, here and over a coarser neighbourhood, their means over the 16
-    frames and 16 x 16 points of a token on a logarithmic scale, and a small network of these means.
+    dissipation), by how much these exceed thresholds, here and over a coarser neighbourhood, the means of all three
+    over the 4 x 4 x 4 samples of a token on a logarithmic scale, and a small network of these means.
     """
 
     parts = 4                                                            # as many widths
 
-    def __init__(self, channels, widths=(64, 64, 64, 32), **_):
+    def __init__(self, channels, widths=(64, 64, 64, 32), blocks=(), layer_scale=1.0):         # it has no blocks
         super().__init__()
         products, thresholds, coarse, self.dim = widths
         self.factors = nn.Linear(4 * channels, 2 * products)
@@ -239,7 +248,7 @@ class Predictor(nn.Module):
 class JEPA(nn.Module):
     """Encoder, predictor and loss. forward(context, target) -> {'loss', 'sim', 'std', 'cov'}.
 
-    context, target: (B, channels, 16, H, W), consecutive in time. `generator` draws the loss's chunks and
+    context, target: (B, channels, 16, H, W), one run's (the paper: consecutive in time). `generator` draws the loss's chunks and
     must be in the same state on all ranks. The last target embedding is kept, detached, in
     `self.embedding` for the log. The defaults are the paper's. Small runs learn faster with three
     changes: `standardize` z-scores embeddings and predictions over the batch, which settles the variance

@@ -36,11 +36,12 @@ class Settings:
     device: str = option('auto', 'cuda, cpu, or auto', 'machine')
 
 
-def record(solver, frames, dt_save, step=1, tick=lambda: None):
+def record(solver, frames, dt_save, step=1, limit=np.inf, tick=lambda: None):
     """Advance a solver through its frames: The Well's fields, and each run's worst `tail()` after t = 0.
 
-    Fields: {name: float32 (B, frames, Nx, Ny[, 2[, 2]])}, every `step`-th point of the solver's grid. `tick` is
-    called after every frame. Raises FloatingPointError if a run blows up.
+    Fields: {name: float32 (B, frames, Nx, Ny[, 2[, 2]])}, every `step`-th point of the solver's grid; of no use if a
+    tail exceeds `limit`, as it stops there. `tick` is called after every frame. Raises FloatingPointError if a run
+    blows up.
     """
     out, worst = {}, 0.0
     for frame in range(frames):
@@ -55,6 +56,8 @@ def record(solver, frames, dt_save, step=1, tick=lambda: None):
             out[name][:, frame] = value
         if frame > 0:                                                    # a start may be rougher than what follows
             worst = np.maximum(worst, solver.tail().cpu().numpy())
+            if np.max(worst) > limit:
+                break
         tick()
     return out, worst
 
@@ -150,11 +153,11 @@ def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device
     """
     p = find_system(name).preset(preset)
     root = Path(data_dir) / name
-    recipe = {'preset': preset, 'seed': seed, 'unresolved': unresolved, **dataclasses.asdict(p)}
+    recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}
     recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
     note = root / 'simulated.json'
     existing = sorted(root.glob('data/*/*.hdf5'))
-    if note.exists() and {'unresolved': False} | json.loads(note.read_text()) != recipe:       # a note may be older
+    if note.exists() and read_note(root) != recipe:
         raise ValueError(f'{root} was simulated with other settings ({note}): delete it or choose another --data-dir')
     if existing and not note.exists():
         raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '
@@ -165,6 +168,18 @@ def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device
             write_text(note, json.dumps(recipe))
         simulate_missing(name, p, root, seed, unresolved, device)
     return root
+
+
+def read_note(root):
+    """What <root>/simulated.json says of how a dataset was simulated, a dict; {} if it was not."""
+    note = root / 'simulated.json'
+    try:
+        there = json.loads(note.read_text()) if note.exists() else {}
+        if there and not {'preset', 'seed'} <= there.keys():
+            raise KeyError('preset, seed')
+        return there or {}
+    except (ValueError, AttributeError, KeyError):
+        raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
 
 
 def simulate_missing(name, p, root, seed, unresolved, device):
@@ -183,21 +198,24 @@ def simulate_missing(name, p, root, seed, unresolved, device):
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
         each = [(pair, [seed, SPLITS.index(split), p.pairs.index(pair), run]) for pair in batch for run in range(runs)]
         solver = system.solver(*zip(*each), p, device)
-        fields, tails = record(solver, p.frames, system.dt_save, p.settings.get('refine', 1),
-                               tick=lambda: bar.update(len(each)))
+        limit = np.inf if unresolved else RESOLVED
+        fields, tails = record(solver, p.frames, system.dt_save, p.settings.get('refine', 1), limit,
+                               lambda: bar.update(len(each)))
         if tails.max() > worst:
             worst, where = tails.max(), path(split, each[tails.argmax()][0])
-        if worst > RESOLVED and not unresolved:
+        if worst > limit:
+            bar.close()
             raise ValueError(f'{where} would not be resolved: {worst:.1e} of the energy of a run is in the last third '
-                             f'of its spectrum, and at most {RESOLVED:g} may be (--unresolved writes it all the same)')
+                             f'of its spectrum, more than {limit:g} (python simulate.py {name} --unresolved, with the '
+                             f'other flags as they were, writes it all the same)')
         for i, pair in enumerate(batch):
             if pair in todo:
                 mine = slice(i * runs, (i + 1) * runs)
                 write_well_file(path(split, pair), name, pair, {k: v[mine] for k, v in fields.items()}, p.domain)
     bar.close()
     if missing:
-        print(f'At most {worst:.1e} of the energy of a run is in the last third of its spectrum ({where}): '
-              f'{"not resolved" if worst > RESOLVED else "resolved"}, as the limit is {RESOLVED:g}.', flush=True)
+        print(f'At most {worst:.1e} of the energy of a run simulated now is in the last third of its spectrum ({where}'
+              f'): {"not resolved" if worst > RESOLVED else "resolved"}, as the limit is {RESOLVED:g}.', flush=True)
     if not (root / 'stats.yaml').exists():
         write_stats(root / 'data' / 'train', root / 'stats.yaml')
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import probe
-from helpers import (CHANNELS, HERE, MODELS, RIVALS, STEPS, TINY, both_fluids, command, linked, losses, make_miniature,
+from helpers import (CHANNELS, HERE, MODELS, NANO, RIVALS, STEPS, TINY, both_fluids, command, linked, losses, make_miniature,
                      refused, run)
 from model import load_checkpoint, model_of
 from systems import system_names
@@ -56,7 +56,7 @@ def test_killed_run_resumes(well, trained, tmp_path):
     assert len(losses(out)) == STEPS and losses(out) == losses(trained)
 
 
-@pytest.mark.parametrize('model', ['jepa', 'videomae'])
+@pytest.mark.parametrize('model', ['jepa', 'nano', 'videomae'])
 def test_two_ranks_equal_one_process(well, tmp_path, model):
     """With accumulation: the same losses, and the same weights, on both ranks. VideoMAE's hide the same patches."""
     (tmp_path / 'ranks.py').write_text(f"""
@@ -69,8 +69,8 @@ train.main()
 torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
 """)
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'ranks.py']
-    flags = [*MODELS[model], *(['--chunks', 5] if model == 'jepa' else []), '--data-dir', well, '--dtype', 'float64',
-             '--noise', 0, '--crop', 0, '--micro-batch', 4, '--steps', 20]
+    flags = [*(MODELS | {'nano': NANO})[model], *(['--chunks', 5] if model == 'jepa' else []), '--data-dir', well,
+             '--dtype', 'float64', '--noise', 0, '--crop', 0, '--micro-batch', 4, '--steps', 20]
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
     run(torchrun, *flags, '--out', 'two', cwd=tmp_path)
     assert len(losses(tmp_path / 'one')) == 20

@@ -15,6 +15,8 @@ w = v_x - u_y of the flow,
 alpha (< 0: pushers) is the dipole strength, zeta the strength with which neighbours align.
 Pseudo-spectral in space (periodic box, 2/3 dealiasing), integrating-factor Heun in time.
 """
+import math
+
 import numpy as np
 import torch
 
@@ -138,7 +140,7 @@ class ActiveMatter:
         c, m_re, m_im = self.grid(self.state).unbind(1)
         m = torch.complex(m_re, m_im)
         m4 = fourth_moment(c, m)
-        for _ in range(3):                                               # converge e to round-off for output
+        for _ in range(math.ceil(6 / self.sweeps)):                      # converge e to round-off for output
             psi, e = self.flow(c, m, m4)
         u, v = self.grid(torch.stack([self.iky * psi, -self.ikx * psi]))
         return {'c': c, 'm': m, 'u': u, 'v': v, 'e': e}

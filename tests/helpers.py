@@ -188,4 +188,5 @@ RIVALS = {
     'disco': ['--width', 32, '--depth', 1, '--heads', 2, '--patch', 8, '--operator-width', 4, '--generator-width', 8,
               '--max-steps', 2, '--crop', 0],
 }
+NANO = [*BASE, '--widths', '8,8,8,8']                                    # nano's own JEPA, but narrower
 MODELS = {'jepa': TINY, **{name: [*BASE, *flags, '--model', name] for name, flags in RIVALS.items()}}
