@@ -248,8 +248,8 @@ class Predictor(nn.Module):
 class JEPA(nn.Module):
     """Encoder, predictor and loss. forward(context, target) -> {'loss', 'sim', 'std', 'cov'}.
 
-    context, target: (B, channels, 16, H, W), one run's (the paper: consecutive in time). `generator` draws the loss's chunks and
-    must be in the same state on all ranks. The last target embedding is kept, detached, in
+    context, target: (B, channels, 16, H, W), of one run; the paper's follow each other. `generator` draws the loss's
+    chunks and must be in the same state on all ranks. The last target embedding is kept, detached, in
     `self.embedding` for the log. The defaults are the paper's. Small runs learn faster with three
     changes: `standardize` z-scores embeddings and predictions over the batch, which settles the variance
     term, so that no step is spent on inflating noise to meet it; `residual` predicts the change of the

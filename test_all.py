@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import probe
-from helpers import (CHANNELS, HERE, MODELS, NANO, RIVALS, STEPS, TINY, both_fluids, command, linked, losses, make_miniature,
-                     refused, run)
+from helpers import (CHANNELS, HERE, MODELS, NANO, RIVALS, STEPS, TINY, both_fluids, command, linked, losses,
+                     make_miniature, refused, run)
 from model import load_checkpoint, model_of
 from systems import system_names
 from tables import PUBLISHED

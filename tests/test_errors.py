@@ -63,8 +63,8 @@ def test_damaged_data_is_refused(tmp_path, damage):
     ('train.py --seed -1', '--seed must be at least 0'),
     ('train.py --mask-ratio 0.5', '--mask-ratio'),                       # of another model
     ('train.py --encoder mine', 'convnext or statistics'),
-    ('train.py --encoder convnext', '5 --widths: 16,32'),
-    ('train.py --widths 4,4', '4 --widths: 64,64'),
+    ('train.py --encoder statistics', '4 --widths: 64,64'),
+    ('train.py --widths 4,4', '5 --widths: 16,32'),
     ('train.py --model videomae --widths 4,4,8,8,8', '--widths'),
     ('train.py --step 3', '--step'),                                     # no abbreviations
     ('simulate.py active_matter --seed -1', '--seed must be at least 0'),
