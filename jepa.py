@@ -33,6 +33,7 @@ class Options:
     widths: tuple = option((16, 32, 64, 128, 128), 'encoder widths: of the five stages, or of products, thresholds, '
                                                    'coarser thresholds and embedding')
     blocks: tuple = option((3, 3, 3, 9, 3), "residual blocks per stage of the paper's encoder")
+    rate: float = option(8.0, 'by what the statistics encoder multiplies differences between frames')
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
     sim_coeff: float = option(2.0, 'weight of the invariance term')
@@ -45,7 +46,8 @@ class Options:
 
 NANO = dict(views='other-time', loss_rows='global', encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0,
             residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1, standardize=True, lr=3e-3)
-PRESETS = {'paper': {}, 'nano': NANO}
+PRESETS = {'paper': {}, 'nano': NANO,                                    # the fluids' frames differ less
+           ('nano', 'shear_flow'): dict(rate=32.0), ('nano', 'rayleigh_benard'): dict(rate=32.0)}
 
 
 def check(options, height, width):
@@ -169,11 +171,12 @@ class Encoder(nn.Module):
         return x
 
 
-def jets(x):
+def jets(x, rate=8.0):
     """Values, rates and gradients of (B, C, T, H, W), at every fourth frame and point: (B, 4C, T/4, H/4, W/4).
 
     Of 2 x 2 x 2 neighbours the mean, and the differences along t, x and y (not divided by their distance). Neighbours
-    in a resolved field differ by a few percent of its size, and what enters so small a network finds late: hence the 8.
+    in a resolved field differ by a few percent of its size, and what enters so small a network finds late: hence the 8
+    and `rate`, their factors in space and time.
     """
     B, C, T, H, W = x.shape
     x = x.view(B, C, T // 4, 4, H // 4, 4, W // 4, 4)[:, :, :, :2, :, :2, :, :2]       # (B, C, T/4, 2, H/4, 2, W/4, 2)
@@ -181,11 +184,11 @@ def jets(x):
     def mean(x, axis):
         return (x.select(axis, 0) + x.select(axis, 1)) / 2
 
-    def change(x, axis):
-        return 8 * (x.select(axis, 1) - x.select(axis, 0))
+    def change(x, axis, factor=8.0):
+        return factor * (x.select(axis, 1) - x.select(axis, 0))
     over_y = mean(x, 7)                                                  # (B, C, T/4, 2, H/4, 2, W/4)
     over_xy = mean(over_y, 5)                                            # (B, C, T/4, 2, H/4, W/4)
-    return torch.cat([mean(over_xy, 3), change(over_xy, 3), mean(change(over_y, 5), 3),
+    return torch.cat([mean(over_xy, 3), change(over_xy, 3, rate), mean(change(over_y, 5), 3),
                       mean(mean(change(x, 7), 5), 3)], 1)
 
 
@@ -199,8 +202,9 @@ class Statistics(nn.Module):
 
     parts = 4                                                            # as many widths
 
-    def __init__(self, channels, widths=(64, 64, 64, 32), blocks=(), layer_scale=1.0):         # it has no blocks
+    def __init__(self, channels, widths=(64, 64, 64, 32), rate=8.0):
         super().__init__()
+        self.rate = rate
         products, thresholds, coarse, self.dim = widths
         self.factors = nn.Linear(4 * channels, 2 * products)
         self.thresholds = nn.Linear(products, thresholds)
@@ -210,7 +214,7 @@ class Statistics(nn.Module):
 
     def forward(self, x):
         check_shape(x)
-        a, b = self.factors(jets(x).movedim(1, -1)).chunk(2, -1)         # (B, 4, H/4, W/4, products)
+        a, b = self.factors(jets(x, self.rate).movedim(1, -1)).chunk(2, -1)         # (B, 4, H/4, W/4, products)
         products = a * b
         thresholds = F.relu(self.thresholds(products))                   # (B, 4, H/4, W/4, thresholds)
         coarse = F.relu(self.coarse(thresholds.movedim(-1, 1)))          # (B, coarse, 2, H/8, W/8)
@@ -258,12 +262,15 @@ class JEPA(nn.Module):
     """
 
     def __init__(self, channels, encoder='convnext', widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3),
-                 layer_scale=1e-6, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, loss_rows='local',
+                 rate=8.0, layer_scale=1e-6, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, loss_rows='local',
                  standardize=False, residual=False, paired=True):
         super().__init__()
         self.standardize, self.residual, self.paired = standardize, residual, paired
         self.gather = gather if loss_rows == 'global' else lambda z: z
-        self.encoder = ENCODERS[encoder](channels, widths, blocks=blocks, layer_scale=layer_scale)
+        if encoder == 'convnext':
+            self.encoder = Encoder(channels, widths, blocks, layer_scale)
+        else:
+            self.encoder = Statistics(channels, widths, rate)
         self.predictor = Predictor(widths[-1], layer_scale)
         self.loss_settings = dict(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, chunks=chunks)
 

@@ -120,15 +120,16 @@ def test_jets_are_values_rates_and_gradients():
     assert torch.allclose(out[0, 0], 1 + 2 * middle(t) + 3 * middle(x) - 5 * middle(y))
     assert [v.unique().tolist() for v in out[0, 2::2]] == [[16], [24], [-40]]          # eight times the slopes
     assert out[0, 1].unique().tolist() == [7] and not out[0, 3::2].any()
+    assert torch.equal(jets(field, rate=32.0), out * torch.tensor([1.0, 1, 4, 4, 1, 1, 1, 1]).view(8, 1, 1, 1))
 
 
 def test_statistics_are_means_over_a_token():
     """Point by point, as written in its docstring; and a token sees only its own 16 x 16 points."""
     torch.manual_seed(0)
-    encoder, x = Statistics(3, (5, 6, 4, 8)), torch.randn(2, 3, 16, 32, 48)
+    encoder, x = Statistics(3, (5, 6, 4, 8), rate=2.0), torch.randn(2, 3, 16, 32, 48)
     out = encoder(x)                                                     # (2, 8, 2, 3)
     assert out.shape == (2, 8, 2, 3) and encoder.dim == 8
-    points = jets(x)[1, :, :, 4:8, 8:12]                                 # (12, 4, 4, 4) of the token at (1, 2)
+    points = jets(x, 2.0)[1, :, :, 4:8, 8:12]                                 # (12, 4, 4, 4) of the token at (1, 2)
     products, thresholds, coarse = torch.zeros(4, 4, 4, 5), torch.zeros(4, 4, 4, 6), torch.zeros(2, 2, 2, 4)
     for p in itertools.product(range(4), repeat=3):
         factors = encoder.factors.weight @ points[:, *p] + encoder.factors.bias

@@ -32,7 +32,7 @@ OF_SYSTEM = {                                                            # [C] c
     'shear_flow': dict(stride=4, noise=1.0, lr=1e-4, epochs=6.0),
     'rayleigh_benard': dict(stride=4, noise=0.0, lr=1e-4, epochs=30.0)}
 OF_MODEL = {
-    'jepa': dict(batch=256, min_lr=1e-6, encoder='convnext',             # [C] train.py: target_global_batch_size
+    'jepa': dict(batch=256, min_lr=1e-6, encoder='convnext', rate=8.0,   # [C] train.py: target_global_batch_size
                  widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, residual=False,
                  sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, standardize=False,      # [T], [C] model.py
                  loss_rows='local'),                                     # [C] nothing is gathered

@@ -21,15 +21,13 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
 
     def settings(*flags):
         c, _, options = config.parse(flags, '')
-        return c.preset, getattr(options, 'cov_coeff', None), c.steps
-    assert settings('--preset', 'paper', '--data', 'shear_flow') == ('paper', 2.0, -1)
-    assert settings() == ('nano', 4.0, 1600)
-    monkeypatch.setitem(find_model('jepa').PRESETS, ('nano', 'shear_flow'), dict(cov_coeff=0.4))
-    assert settings('--data', 'shear_flow') == ('nano', 0.4, 1600)
-    assert settings('--data', 'shear_flow', '--cov-coeff', '3.0') == ('nano', 3.0, 1600)
+        return c.preset, getattr(options, 'rate', None), c.steps
+    assert settings('--preset', 'paper', '--data', 'shear_flow') == ('paper', 8.0, -1)
+    assert settings() == ('nano', 8.0, 1600)
+    assert settings('--data', 'shear_flow') == ('nano', 32.0, 1600)
+    assert settings('--data', 'shear_flow', '--rate', '3.0') == ('nano', 3.0, 1600)
     assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 3200)
-    assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 0.4, 20)
-    assert settings('--data', 'rayleigh_benard') == ('nano', 4.0, 1600)
+    assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 32.0, 20)
 
 
 def test_each_rank_takes_eight_windows_at_once(tmp_path, monkeypatch):
@@ -79,6 +77,7 @@ def test_settings_of_nano(row, tmp_path, monkeypatch):
     assert c.batch == c.micro_batch and c.batch * c.steps == 51200
     assert c.views == ('other-time' if model == 'jepa' else 'paired')
     found = vars(options)
+    assert found.get('rate', 0) == (0 if model != 'jepa' else 8 if system == 'active_matter' else 32)
     assert {k: found[k] for k in OF_NANO[model]} == OF_NANO[model]
 
 
