@@ -63,7 +63,7 @@ class Options:
 PRESETS = {                                                              # it standardises its inputs itself
     'paper': dict(noise=0.0),
     'nano': dict(normalize=False, width=32, depth=2, heads=2, patch=8, operator_width=4, generator_width=16,
-                 max_steps=2, layer_scale=0.1, batch=16, micro_batch=16, steps=3200, lr=3e-3)}
+                 max_steps=2, layer_scale=0.1, batch=16, micro_batch=16, steps=4800, lr=3e-3)}
 
 
 def check(options, height, width):

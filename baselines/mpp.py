@@ -42,7 +42,7 @@ class Options:
 
 PRESETS = {                                                              # it standardises its inputs itself
     'paper': dict(noise=0.0),
-    'nano': dict(crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=3200,
+    'nano': dict(crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=4800,
                  lr=3e-3)}
 
 

@@ -23,10 +23,10 @@ def test_defaults_preset_system_flags(tmp_path, monkeypatch):
         c, _, options = config.parse(flags, '')
         return c.preset, getattr(options, 'rate', None), c.steps
     assert settings('--preset', 'paper', '--data', 'shear_flow') == ('paper', 8.0, -1)
-    assert settings() == ('nano', 8.0, 1600)
-    assert settings('--data', 'shear_flow') == ('nano', 32.0, 1600)
-    assert settings('--data', 'shear_flow', '--rate', '3.0') == ('nano', 3.0, 1600)
-    assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 3200)
+    assert settings() == ('nano', 8.0, 2400)
+    assert settings('--data', 'shear_flow') == ('nano', 32.0, 2400)
+    assert settings('--data', 'shear_flow', '--rate', '3.0') == ('nano', 3.0, 2400)
+    assert settings('--data', 'shear_flow', '--model', 'mpp') == ('nano', None, 4800)
     assert settings('--data', 'shear_flow', '--preset', 'smoke') == ('smoke', 32.0, 20)
 
 
@@ -40,21 +40,21 @@ def test_each_rank_takes_eight_windows_at_once(tmp_path, monkeypatch):
         config.parse(['--preset', 'paper', '--micro-batch', '2'], '')
 
 
-# whole, normalize, augment, paired views; those of the paper are in test_protocol.py. All see 51,200 windows
+# whole, normalize, augment, paired views; those of the paper are in test_protocol.py. All see 76,800 windows
 SETTINGS = """
 model    system          flags crop stride batch steps lr warm-up
-jepa     active_matter   yyyn 32 1 32 1600  0.003 0.5
-jepa     shear_flow      yyyn 32 4 32 1600  0.003 0.5
-jepa     rayleigh_benard yyyn 32 4 32 1600  0.003 0.5
-videomae active_matter   yyyy 32 1 32 1600 0.0015 0.3
-videomae shear_flow      yyyy 32 4 32 1600 0.0015 0.3
-videomae rayleigh_benard yyyy 32 4 32 1600 0.0015 0.3
-mpp      active_matter   ynyy  0 1 16 3200  0.003 0.5
-mpp      shear_flow      ynyy  0 4 16 3200  0.003 0.5
-mpp      rayleigh_benard ynyy  0 4 16 3200  0.003 0.5
-disco    active_matter   ynyy 32 1 16 3200  0.003 0.5
-disco    shear_flow      ynyy 32 4 16 3200  0.003 0.5
-disco    rayleigh_benard ynyy 32 4 16 3200  0.003 0.5
+jepa     active_matter   yyyn 32 1 32 2400  0.003 0.5
+jepa     shear_flow      yyyn 32 4 32 2400  0.003 0.5
+jepa     rayleigh_benard yyyn 32 4 32 2400  0.003 0.5
+videomae active_matter   yyyy 32 1 32 2400 0.0015 0.3
+videomae shear_flow      yyyy 32 4 32 2400 0.0015 0.3
+videomae rayleigh_benard yyyy 32 4 32 2400 0.0015 0.3
+mpp      active_matter   ynyy  0 1 16 4800  0.003 0.5
+mpp      shear_flow      ynyy  0 4 16 4800  0.003 0.5
+mpp      rayleigh_benard ynyy  0 4 16 4800  0.003 0.5
+disco    active_matter   ynyy 32 1 16 4800  0.003 0.5
+disco    shear_flow      ynyy 32 4 16 4800  0.003 0.5
+disco    rayleigh_benard ynyy 32 4 16 4800  0.003 0.5
 """
 OF_NANO = {
     'jepa': dict(encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0, residual=True, sim_coeff=10.0,
@@ -74,7 +74,7 @@ def test_settings_of_nano(row, tmp_path, monkeypatch):
     assert c.preset == 'nano' and (c.resolution, c.noise, c.weight_decay, c.min_lr) == (0, 0.0, 0.05, 1e-6)
     assert ''.join('ny'[v] for v in (c.whole, c.normalize, c.augment, c.views == 'paired')) == flags
     assert [c.crop, c.stride, c.batch, c.steps, c.lr, c.warmup_epochs] == [float(v) for v in numbers]
-    assert c.batch == c.micro_batch and c.batch * c.steps == 51200
+    assert c.batch == c.micro_batch and c.batch * c.steps == 76800
     assert c.views == ('other-time' if model == 'jepa' else 'paired')
     found = vars(options)
     assert found.get('rate', 0) == (0 if model != 'jepa' else 8 if system == 'active_matter' else 32)
