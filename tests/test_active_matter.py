@@ -155,8 +155,12 @@ def test_nano_is_resolved():
     def worst(**changes):
         solver = active_matter.solver(pairs, [[0, 0, 36 + i, 0] for i in (6, 7, 8)],
                                       dataclasses.replace(p, settings=p.settings | changes), 'cpu')
-        return simulate.record(solver, p.frames, 0.25, limit=simulate.RESOLVED)[1].max()
-    assert worst() < simulate.RESOLVED / 1.5 and worst(d_t=0.05) > simulate.RESOLVED
+        frames = []
+        tails = simulate.record(solver, p.frames, 0.25, limit=simulate.RESOLVED, tick=lambda: frames.append(1))[1]
+        return tails.max(), len(frames)
+    (ours, frames), (theirs, until) = worst(), worst(d_t=0.05)
+    assert ours < simulate.RESOLVED / 1.5 and frames == p.frames
+    assert theirs > simulate.RESOLVED and until < p.frames               # it stops there
 
 
 def test_sweeps_of_nano_suffice():
