@@ -54,9 +54,10 @@ def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
     if options.encoder not in ENCODERS:
         raise ValueError(f'--encoder is {" or ".join(ENCODERS)}, not {options.encoder!r}')
-    if len(options.widths) != ENCODERS[options.encoder].parts:
-        raise ValueError(f'the {options.encoder} encoder takes {ENCODERS[options.encoder].parts} --widths: '
-                         f'{"16,32,64,128,128" if options.encoder == "convnext" else "64,64,64,32"} are its own')
+    own = ENCODERS[options.encoder].WIDTHS
+    if len(options.widths) != len(own):
+        raise ValueError(f'the {options.encoder} encoder takes {len(own)} --widths: '
+                         f'{",".join(map(str, own))} are its own')
     if options.encoder == 'convnext' and len(options.blocks) != len(options.widths):
         raise ValueError(f'the convnext encoder has {len(options.widths)} stages: give as many --blocks')
     if not all(isinstance(n, int) for n in options.widths + options.blocks):
@@ -148,9 +149,9 @@ class Encoder(nn.Module):
     numbers of frames or indivisible resolutions.
     """
 
-    parts = 5                                                            # as many widths
+    WIDTHS = 16, 32, 64, 128, 128
 
-    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
+    def __init__(self, channels, widths=WIDTHS, blocks=(3, 3, 3, 9, 3), layer_scale=1e-6):
         super().__init__()
         self.dim = widths[-1]
         stem = nn.Sequential(Stem(channels, widths[0]), ChannelNorm(widths[0]))
@@ -200,9 +201,9 @@ class Statistics(nn.Module):
     over the 4 x 4 x 4 samples of a token on a logarithmic scale, and a small network of these means.
     """
 
-    parts = 4                                                            # as many widths
+    WIDTHS = 64, 64, 64, 32
 
-    def __init__(self, channels, widths=(64, 64, 64, 32), rate=8.0):
+    def __init__(self, channels, widths=WIDTHS, rate=8.0):
         super().__init__()
         self.rate = rate
         products, thresholds, coarse, self.dim = widths
@@ -216,9 +217,9 @@ class Statistics(nn.Module):
         check_shape(x)
         a, b = self.factors(jets(x, self.rate).movedim(1, -1)).chunk(2, -1)         # (B, 4, H/4, W/4, products)
         products = a * b
-        thresholds = F.relu(self.thresholds(products))                   # (B, 4, H/4, W/4, thresholds)
-        coarse = F.relu(self.coarse(thresholds.movedim(-1, 1)))          # (B, coarse, 2, H/8, W/8)
-        means = torch.cat([F.avg_pool3d(products.movedim(-1, 1), 4), F.avg_pool3d(thresholds.movedim(-1, 1), 4),
+        thresholds = F.relu(self.thresholds(products)).movedim(-1, 1)    # (B, thresholds, 4, H/4, W/4)
+        coarse = F.relu(self.coarse(thresholds))                         # (B, coarse, 2, H/8, W/8)
+        means = torch.cat([F.avg_pool3d(products.movedim(-1, 1), 4), F.avg_pool3d(thresholds, 4),
                            F.avg_pool3d(coarse, 2)], 1).squeeze(2)       # (B, means, H/16, W/16)
         means = torch.asinh(8 * means).movedim(1, -1)                    # logarithmic, and linear about zero
         return self.head(means).movedim(-1, 1)

@@ -190,7 +190,7 @@ def simulate_missing(name, p, root, seed, unresolved, device):
     path = lambda split, pair: root / 'data' / split / system.file.format(**system.scalars(*pair, **p.domain))
     missing = [(split, batch, todo) for split, batch in batches
                if (todo := [pair for pair in batch if not path(split, pair).exists()])]
-    worst, where = 0.0, None
+    worst, where, limit = 0.0, None, np.inf if unresolved else RESOLVED
     bar = Progress(sum(p.runs[split] * len(batch) for split, batch, _ in missing) * p.frames,
                    f'simulating {root}', 'frame', smoothing=0.05, disable=not missing)
     for split, batch, todo in missing:
@@ -198,7 +198,6 @@ def simulate_missing(name, p, root, seed, unresolved, device):
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
         each = [(pair, [seed, SPLITS.index(split), p.pairs.index(pair), run]) for pair in batch for run in range(runs)]
         solver = system.solver(*zip(*each), p, device)
-        limit = np.inf if unresolved else RESOLVED
         fields, tails = record(solver, p.frames, system.dt_save, p.settings.get('refine', 1), limit,
                                lambda: bar.update(len(each)))
         if tails.max() > worst:
