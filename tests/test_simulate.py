@@ -1,6 +1,7 @@
 """simulate.py: The Well's format, splits, resuming, and The Well's own reader."""
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -196,6 +197,25 @@ def test_the_seed_reaches_the_data(tmp_path):
                 **FLUIDS['shear_flow'], 'frames': 2, 'pairs': [(50.0, 1.0)]}))
             return files_of(simulate.make_dataset('shear_flow', tmp_path / folder, seed=seed))[0].read_bytes()
     assert first_file('a', 0) == first_file('b', 0) != first_file('c', 1)
+
+
+def test_data_do_not_depend_on_the_number_of_cores(tmp_path):
+    """One core or three, batches one after the other or at once: the same bytes, and as many threads as before."""
+    made, threads = [], torch.get_num_threads()
+    try:
+        for cores in 1, 3:
+            torch.set_num_threads(cores)
+            with pytest.MonkeyPatch.context() as patch:
+                presets = find_system('active_matter').presets
+                patch.setitem(presets, 'nano', dataclasses.replace(
+                    presets['nano'], runs=RUNS, frames=8, pairs=[(-1.0, 1.0), (-5.0, 9.0)], files_at_once=1))
+                root = simulate.make_dataset('active_matter', tmp_path / str(cores))
+            made.append({path.relative_to(root): content for path, content in read_bytes(root).items()})
+            with ThreadPoolExecutor(1) as pool:                          # nor do threads that are started later
+                assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1] and len(made[0]) > 6
 
 
 def test_layers_of_shear_flow_lie_anywhere():
