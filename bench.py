@@ -28,7 +28,8 @@ import simulate
 from baselines.disco import DISCO, WELL
 from baselines.mpp import MPP
 from data import WINDOW, Split
-from jepa import JEPA, ChannelNorm, DepthwiseConv3d
+from encoders import ChannelNorm, DepthwiseConv3d
+from jepa import JEPA
 from probe import AttentiveProbe
 from systems import find_system
 from systems.active_matter import ActiveMatter, active_matter_start

@@ -23,10 +23,10 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
                     PAIRED, if context and target have to be at one place (--views paired);
                     check(options, height, width), which raises ValueError for what will not do;
                     load_published(network, path), for --init
-    in the network  after_step(), called when the optimizer has stepped (an EMA teacher moves here); `embedding`,
-                    the last one, (B, D, ...), for the log (else what the encoder gave); undecayed(name, parameter),
-                    true for what AdamW's weight decay leaves alone; paper_finetuning(), which makes it what the paper
-                    fine-tuned
+    in the network  after_step(progress), called when the optimizer has stepped (an EMA teacher moves here), with the
+                    share of the run's steps that are done; `embedding`, the last one, (B, D, ...), for the log (else
+                    what the encoder gave); undecayed(name, parameter), true for what AdamW's weight decay leaves
+                    alone; paper_finetuning(), which makes it what the paper fine-tuned
 """
 import dataclasses
 import functools

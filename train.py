@@ -221,8 +221,6 @@ def train_step(model, forward, optimizer, batches, c, step):
         raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}, its gradient '
                                  f'{"" if finite else "not "}finite')
     optimizer.step()
-    if hasattr(model.network, 'after_step'):
-        model.network.after_step()
     return sums
 
 
@@ -312,6 +310,8 @@ def train(c, module, options):
             except FloatingPointError as e:
                 raise FloatingPointError(f'{e}; the last good checkpoint is kept '
                                          f'({checkpoint if checkpoint.exists() else "none yet"}): try a lower --lr')
+            if hasattr(model.network, 'after_step'):
+                model.network.after_step((step + 1) / steps)
             took = time.perf_counter() - started
             seconds += took
             health = embedding_health(model.embedding) if model.embedding is not None else {}

@@ -61,26 +61,34 @@ def encoder_size(options):
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
-    at_least(options, 1, 'patch', 'decoder_width')
     at_least(options, 0, 'decoder_depth')
-    width, _, heads = encoder_size(options)
-    for own, divisor in (width, heads), (options.decoder_width, decoder_heads(options)):
+    check_sizes(options, options.decoder_width, height, width)
+    hidden_places(height * width // options.patch**2, options.mask_ratio)
+
+
+def check_sizes(options, light, height, width):
+    """Raise ValueError if heads do not divide widths, also that of the `light` decoder, or patches the fields."""
+    at_least(options, 1, 'patch')
+    if light < 1:
+        raise ValueError(f'the decoder must be at least 1 wide, not {light}')
+    own, _, heads = encoder_size(options)
+    for own, divisor in (own, heads), (light, heads_of(light)):
         if own % divisor:
             raise ValueError(f'width {own} is not divisible by {divisor} heads')
     if height % options.patch or width % options.patch:
         raise ValueError(f'the patches need sides divisible by {options.patch}, not {height} x {width}: choose another '
                          f'--resolution, --crop or --patch')
-    hidden_places(height * width // options.patch**2, options.mask_ratio)
 
 
-def decoder_heads(options):
-    return max(1, options.decoder_width // 64)
+def heads_of(width):
+    """Of a light decoder: 64 channels each."""
+    return max(1, width // 64)
 
 
 def build(options, inputs):
     return VideoMAE(len(inputs.channels), *encoder_size(options), options.patch, mask_ratio=options.mask_ratio,
                     decoder_width=options.decoder_width, decoder_depth=options.decoder_depth,
-                    decoder_heads=decoder_heads(options))
+                    decoder_heads=heads_of(options.decoder_width))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,6 +278,16 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(x)[:, -hidden:]))
 
 
+def initialise(mask_token, *networks):
+    """As VideoMAE's: a small mask token, Xavier's uniform linear layers without biases."""
+    nn.init.trunc_normal_(mask_token, std=0.02, a=-0.02, b=0.02)
+    for layer in (layer for network in networks for layer in network.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class VideoMAE(nn.Module):
     """Masked autoencoder. forward(context, target) -> {'loss', 'low', 'mid', 'high'}.
 
@@ -288,13 +306,7 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder = Decoder(decoder_width, decoder_depth, decoder_heads, tubelet * patch * patch * channels)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        for network in self.encoder, self.decoder:                       # the other layers keep PyTorch's default
-            for layer in network.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
+        initialise(self.mask_token, self.encoder, self.decoder)          # what is between them keeps PyTorch's default
 
     def undecayed(self, name, parameter):
         """As VideoMAE is trained: no weight decay on biases, norms and the mask token."""

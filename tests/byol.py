@@ -30,6 +30,6 @@ class BYOL(nn.Module):
         return {'loss': 2 - 2 * F.cosine_similarity(z, z_next, dim=1).mean()}
 
     @torch.no_grad()
-    def after_step(self):
+    def after_step(self, progress):
         for slow, fast in zip(self.teacher.parameters(), self.encoder.parameters()):
             slow.lerp_(fast, 1 - self.momentum)

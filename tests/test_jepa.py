@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from encoders import DepthwiseConv3d, Encoder, Statistics, jets
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
-from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, Statistics, jets, load_published
+from jepa import JEPA, Predictor, load_published
 
 
 @both_dtypes

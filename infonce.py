@@ -1,0 +1,28 @@
+"""
+InfoNCE: of many embeddings, know the one that is of the same run (van den Oord et al., arXiv 1807.03748).
+
+For windows n = 1..N with embeddings x_n (predicted) and y_n (actual), averaged over their positions, and the cosine
+similarity s(x, y):
+
+    L = - mean_n log [ exp(s(x_n, y_n) / T) / sum_m exp(s(x_n, y_m) / T) ],    and the same with x and y exchanged
+
+What tells runs apart is learned; what changes along a run, or from place to place, is not. Two windows of one run in a
+batch, rare with as many runs as here, count as different.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def infonce(x, y, temperature=0.5):
+    """The loss of paired rows x, y (N, D), the mean of both directions, and how often the own partner is nearest."""
+    similarity = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T / temperature         # (N, N)
+    own = torch.arange(len(x), device=x.device)
+    loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    return {'loss': loss, 'found': (similarity.argmax(1) == own).float().mean()}
+
+
+def infonce_loss_maps(x, y, temperature=0.5, generator=None):
+    """The loss of embedding maps x, y (B, D, H, W) (under DDP: `gather` them first), in at least float32."""
+    x, y = (z.mean((2, 3)) for z in (x, y))
+    return infonce(x.float(), y.float(), temperature) if x.dtype in (torch.float16, torch.bfloat16) else \
+        infonce(x, y, temperature)
