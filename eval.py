@@ -311,7 +311,9 @@ def table_one(args):
                          *(f'{k} {v}' for k, v in known['probe'].items() if not k.startswith('finetune'))])
         seen.setdefault(system, {}).setdefault(how, []).append(known['row'])
     columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in cells)]))
+    run = {model for _, model in cells}                                  # and those that the paper has, run or not
     modules = {name: models.find_model(name) for name in models.model_names()}
+    modules = {name: m for name, m in modules.items() if hasattr(m, 'PAPER') or name in run}
     published = {name: (models.title(name), getattr(m, 'PAPER', {}), '*' * getattr(m, 'PAPER_FINETUNED', False))
                  for name, m in modules.items()}
     print_table_one(cells, published, columns, seen, args.split)

@@ -12,6 +12,8 @@ batch, rare with as many runs as here, count as different.
 import torch
 import torch.nn.functional as F
 
+from vicreg import in_full
+
 
 def infonce(x, y, temperature=0.5):
     """The loss of paired rows x, y (N, D), the mean of both directions, and how often the own partner is nearest."""
@@ -23,6 +25,4 @@ def infonce(x, y, temperature=0.5):
 
 def infonce_loss_maps(x, y, temperature=0.5, generator=None):
     """The loss of embedding maps x, y (B, D, H, W) (under DDP: `gather` them first), in at least float32."""
-    x, y = (z.mean((2, 3)) for z in (x, y))
-    return infonce(x.float(), y.float(), temperature) if x.dtype in (torch.float16, torch.bfloat16) else \
-        infonce(x, y, temperature)
+    return infonce(*(in_full(z).mean((2, 3)) for z in (x, y)), temperature)

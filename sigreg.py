@@ -15,6 +15,8 @@ white noise S is about 1, whatever N; for a constant it grows with N.
 import torch
 import torch.nn.functional as F
 
+from vicreg import in_full
+
 
 def sigreg(z, directions, knots=17, reach=3.0):
     """S of rows z (N, D) along unit vectors `directions` (D, K): a scalar.
@@ -41,9 +43,7 @@ def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
     Every position of every sample is a row (under DDP: of every rank, so `gather` x and y first, and give each
     rank a `generator` in the same state). In at least float32.
     """
-    x, y = (z.movedim(1, -1).flatten(0, 2) for z in (x, y))              # (B*H*W, D)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, y = x.float(), y.float()
+    x, y = (in_full(z).movedim(1, -1).flatten(0, 2) for z in (x, y))     # (B*H*W, D)
     a = random_directions(x.shape[1], directions, generator).to(x)       # (D, K)
     sim, normal = F.mse_loss(x, y), (sigreg(x, a) + sigreg(y, a)) / 2
     return {'loss': (1 - sigreg_coeff) * sim + sigreg_coeff * normal, 'sim': sim, 'sigreg': normal}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as models
 import probe
 from helpers import (CHANNELS, HERE, MODELS, NANO, RIVALS, STEPS, TINY, both_fluids, command, linked, losses,
                      make_miniature, refused, run)
@@ -56,9 +57,9 @@ def test_killed_run_resumes(well, trained, tmp_path):
     assert len(losses(out)) == STEPS and losses(out) == losses(trained)
 
 
-@pytest.mark.parametrize('model', ['jepa', 'nano', 'videomae'])
+@pytest.mark.parametrize('model', ['jepa', 'nano', 'sigreg', 'infonce', 'ema', 'videomae', 'vjepa', 'pixels'])
 def test_two_ranks_equal_one_process(well, tmp_path, model):
-    """With accumulation: the same losses, and the same weights, on both ranks. VideoMAE's hide the same patches."""
+    """With accumulation: the same losses, and the same weights, on both ranks. Masks and directions are the same."""
     (tmp_path / 'ranks.py').write_text(f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -69,7 +70,9 @@ train.main()
 torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
 """)
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'ranks.py']
-    flags = [*(MODELS | {'nano': NANO})[model], *(['--chunks', 5] if model == 'jepa' else []), '--data-dir', well,
+    losses_of_nano = {'nano': NANO, 'sigreg': [*NANO, '--loss', 'sigreg'], 'infonce': [*NANO, '--loss', 'infonce'],
+                      'ema': [*NANO, '--target', 'ema']}
+    flags = [*(MODELS | losses_of_nano)[model], *(['--chunks', 5] if model == 'jepa' else []), '--data-dir', well,
              '--dtype', 'float64', '--noise', 0, '--crop', 0, '--micro-batch', 4, '--steps', 20]
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
     run(torchrun, *flags, '--out', 'two', cwd=tmp_path)
@@ -148,13 +151,14 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     refused('train.py', *flags, '--size', 'huge', '--out', 'out/c', cwd=tmp_path, words=['huge'])
     refused('train.py', *flags, '--lr', 1e30, '--save-every', 1, '--out', 'out/c', cwd=tmp_path, words=['the loss is'])
     table = run('eval.py', 'out/a', '--epochs', 2, '--finetune', 1, '--stride', 16, cwd=tmp_path).stdout
-    title = {'videomae': 'VideoMAE', 'mpp': 'MPP', 'disco': 'DISCO'}[model]
+    title, paper = models.title(model), hasattr(models.find_model(model), 'PAPER')
     result = json.loads((tmp_path / 'out' / 'a' / 'eval.json').read_text())
-    rows, width, ratio = result['rows'], int(RIVALS[model][1]), 12 if model == 'videomae' else 4
+    width = 16 if model == 'pixels' else int(RIVALS[model][1])           # of the embedding
+    rows, ratio = result['rows'], 12 if model in ('videomae', 'vjepa', 'pixels') else 4
     assert result['parameters']['attentive probe'] == sum(
         p.numel() for p in probe.AttentiveProbe(width, 2, ratio).parameters())
     tuned = [f'{name}, fine-tuned' for name in (title, 'random init')]
-    for name in title, 'random init', *tuned, title + PUBLISHED:
+    for name in title, 'random init', *tuned, *[title + PUBLISHED] * paper:
         assert np.isfinite(rows[name]['attentive']['mean']) and f'\n{name} ' in table
     assert rows[tuned[0]] != rows[tuned[1]]
 

@@ -71,6 +71,11 @@ def standardize(z):
     return F.batch_norm(z, None, None, training=True)
 
 
+def in_full(z):
+    """z in float32, if autocast has made less of it."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
 def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
     """VICReg of embedding maps, as the physics paper runs it. x, y: (B, D, H, W), same terms as `vicreg_loss`.
 
@@ -79,9 +84,7 @@ def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=
     over chunks. Statistics are taken in at least float32.
     """
     D = x.shape[1]
-    x, y = (z.movedim(1, -1).reshape(-1, D) for z in (x, y))             # (B*H*W, D)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, y = x.float(), y.float()
+    x, y = (in_full(z).movedim(1, -1).reshape(-1, D) for z in (x, y))    # (B*H*W, D)
     if generator is not None:
         order = torch.randperm(len(x), generator=generator).to(x.device)
         x, y = x[order], y[order]

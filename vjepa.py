@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import videomae
 from common import at_least, option
 from ema import check_momentum, move_teacher
-from vicreg import covariance_loss, gather, variance_loss
+from vicreg import covariance_loss, gather, in_full, variance_loss
 from videomae import SIZES, Decoder, Encoder, encoder_size, heads_of, initialise, patchify, positions, take, tube_masks
 
 TITLE = 'V-JEPA'
@@ -106,11 +106,7 @@ def union_of_blocks(batch, grid, blocks, share, generator):
     slots, H, W = grid
     if H * W < 2:
         raise ValueError(f'a grid of {H} x {W} patches has no block to hide: choose a smaller --patch')
-    aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
-    h = min(H, max(1, round((share * H * W * aspect)**0.5)))
-    w = min(W, max(1, round((share * H * W / aspect)**0.5)))
-    if (h, w) == (H, W):
-        h, w = (h - 1, w) if H > 1 else (h, w - 1)
+    h, w = block_size(H, W, share, 0.75 + 0.75 * torch.rand((), generator=generator).item())
     y, x = torch.arange(H)[:, None], torch.arange(W)
     hidden = torch.ones(2 * batch, H, W, dtype=torch.bool)
     while (full := hidden.flatten(1).all(1)).any():
@@ -119,6 +115,13 @@ def union_of_blocks(batch, grid, blocks, share, generator):
         left = torch.randint(W - w + 1, (n, blocks, 1, 1), generator=generator)
         hidden[full] = ((y >= top) & (y < top + h) & (x >= left) & (x < left + w)).any(1)
     return hidden.view(2, batch, H * W).repeat(1, 1, slots)
+
+
+def block_size(H, W, share, aspect):
+    """Height and width of a block of about a `share` of H x W places, h / w about `aspect`; never all of them."""
+    area = int(share * H * W)
+    h, w = min(H, max(1, round((area * aspect)**0.5))), min(W, max(1, round((area / aspect)**0.5)))
+    return (h, w) if (h, w) != (H, W) else (h - 1, w) if H > 1 else (h, w - 1)
 
 
 def visible_and_hidden(mask, generator):
@@ -200,7 +203,7 @@ class VJEPA(nn.Module):
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)
             terms.append({'error': self.distance(p, take(y, hidden))})
             if self.vicreg:
-                rows = gather(z).flatten(0, 1).float()
+                rows = in_full(gather(z)).flatten(0, 1)
                 terms[-1] |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
         self.embedding = z.detach().transpose(1, 2)                      # (2B, D, n)
         terms = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}

@@ -184,6 +184,9 @@ def losses(out):
 RIVALS = {
     'videomae': ['--width', 16, '--depth', 2, '--heads', 2, '--patch', 8, '--decoder-width', 64, '--decoder-depth', 1,
                  '--mask-ratio', 0.75, '--crop', 0],
+    'vjepa': ['--width', 16, '--depth', 2, '--heads', 2, '--patch', 8, '--predictor-width', 64, '--predictor-depth', 1,
+              '--mask-ratio', 0.75, '--vicreg', 0.01, '--crop', 0],
+    'pixels': ['--widths', '4,4,8,16', '--decoder-width', 16],
     'mpp': ['--width', 16, '--depth', 1, '--heads', 2, '--crop', 0],
     'disco': ['--width', 32, '--depth', 1, '--heads', 2, '--patch', 8, '--operator-width', 4, '--generator-width', 8,
               '--max-steps', 2, '--crop', 0],

@@ -1,0 +1,132 @@
+"""sigreg.py, infonce.py, ema.py: the formulas, and what JEPA makes of them."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+from ema import move_teacher
+from helpers import NANO
+from infonce import infonce, infonce_loss_maps
+from jepa import JEPA
+from sigreg import random_directions, sigreg, sigreg_loss_maps
+
+SMALL = {'encoder': 'statistics', 'widths': (4, 4, 4, 8)}
+seeded = lambda seed: torch.Generator().manual_seed(seed)
+
+
+def epps_pulley(x, reach):
+    """N int |phi - exp(-t^2/2)|^2 exp(-t^2/2) dt over [-reach, reach], by a fine sum over complex exponentials."""
+    t = np.linspace(-reach, reach, 20001)
+    phi = np.exp(1j * t[:, None] * x).mean(1)
+    return len(x) * np.trapezoid(np.abs(phi - np.exp(-t**2 / 2))**2 * np.exp(-t**2 / 2), t)
+
+
+@pytest.mark.parametrize('scale, shift', [(1.0, 0.0), (0.3, 0.0), (1.0, 2.0), (0.0, 0.0)])
+def test_sigreg_is_the_statistic_of_epps_and_pulley(scale, shift):
+    """Mean over directions, by quadrature of the formula on both sides of 0."""
+    z, a = scale * torch.randn(50, 3, generator=seeded(0)).double() + shift, random_directions(3, 4, seeded(1)).double()
+    exact = np.mean([epps_pulley((z @ a[:, k]).numpy(), 3.0) for k in range(4)])
+    assert sigreg(z, a).item() == pytest.approx(exact, rel=1e-2)
+    assert sigreg(z, a, knots=2001).item() == pytest.approx(exact, rel=1e-5)
+    wide = np.mean([epps_pulley((z @ a[:, k]).numpy(), 12.0) for k in range(4)])
+    assert exact == pytest.approx(wide, rel=0.02)                        # 3 is far enough
+
+
+def test_sigreg_tells_normal_from_collapsed():
+    """About 1 for white noise, whatever the number of rows; of what is not normal it grows with them."""
+    a = random_directions(16, 256, seeded(0))
+    assert torch.allclose(a.norm(dim=0), torch.ones(256)) and (a @ a.T / 256 - torch.eye(16) / 16).abs().max() < 0.03
+    noise = [torch.randn(n, 16, generator=seeded(n)) for n in (200, 2000)]
+    for z in noise:
+        assert 0.5 < sigreg(z, a) < 1.5
+    for bad in (lambda z: 0 * z), (lambda z: z[:, :1].expand(-1, 16)), (lambda z: 3 * z):
+        few, many = (sigreg(bad(z), a).item() for z in noise)
+        assert few > 2.5 and many == pytest.approx(10 * few, rel=0.35)
+
+
+def test_sigreg_loss_of_maps():
+    """Both embeddings count, every position is a row, and the weights add up to one."""
+    x, y = torch.randn(2, 6, 8, 2, 3, generator=seeded(0)).unbind()
+    out = sigreg_loss_maps(x, y, 0.1, 32, seeded(3))
+    a = random_directions(8, 32, seeded(3))
+    rows = [z.permute(0, 2, 3, 1).reshape(-1, 8) for z in (x, y)]
+    assert torch.allclose(out['sigreg'], (sigreg(rows[0], a) + sigreg(rows[1], a)) / 2)
+    assert torch.allclose(out['loss'], 0.9 * F.mse_loss(x, y) + 0.1 * out['sigreg'])
+    assert not torch.equal(out['sigreg'], sigreg_loss_maps(x, y, 0.1, 32, seeded(4))['sigreg'])
+    assert sigreg_loss_maps(x.bfloat16(), y.bfloat16(), 0.1, 32, seeded(3))['loss'].dtype == torch.float32
+
+
+def test_sigreg_makes_a_collapsed_cloud_normal():
+    """Gradient descent on the statistic alone: from a line to an isotropic cloud."""
+    z = (torch.randn(256, 1, generator=seeded(0)) + 0.05 * torch.randn(256, 4, generator=seeded(1))).requires_grad_()
+    optimizer = torch.optim.Adam([z], 0.05)
+    for step in range(600):
+        optimizer.zero_grad()
+        sigreg(z, random_directions(4, 64, seeded(step))).backward()
+        optimizer.step()
+    assert (torch.cov(z.detach().T) - torch.eye(4)).abs().max() < 0.3 and z.mean(0).abs().max() < 0.1
+
+
+def test_infonce_is_the_cross_entropy_of_similarities():
+    x, y = torch.randn(2, 7, 5, generator=seeded(0)).double().unbind()
+    cosine = lambda i, j: (x[i] @ y[j] / x[i].norm() / y[j].norm()).item()
+    s = np.array([[cosine(i, j) / 0.2 for j in range(7)] for i in range(7)])
+    both = [-np.mean(np.diag(m) - np.log(np.exp(m).sum(1))) for m in (s, s.T)]
+    out = infonce(x, y, 0.2)
+    assert out['loss'].item() == pytest.approx(np.mean(both)) and out['found'] == np.mean(s.argmax(1) == np.arange(7))
+    maps = infonce_loss_maps(x.view(7, 5, 1, 1).expand(7, 5, 2, 3), y.view(7, 5, 1, 1), 0.2)
+    assert torch.allclose(maps['loss'], out['loss'])                     # positions are averaged
+    assert infonce(x, x, 0.05)['loss'] < 0.1 and infonce(x, x)['found'] == 1
+
+
+def test_teacher_formula():
+    slow, fast = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    old = [p.clone() for p in slow.parameters()]
+    move_teacher(slow, fast, (0.9, 1.0), 0.5)                            # m = 0.95
+    for before, after, new in zip(old, slow.parameters(), fast.parameters()):
+        assert torch.allclose(after, 0.95 * before + 0.05 * new)
+    last = [p.clone() for p in slow.parameters()]
+    move_teacher(slow, fast, (0.9, 1.0), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(last, slow.parameters()))
+
+
+def test_jepa_with_a_teacher():
+    """The target's embedding is the teacher's, without gradient; without a teacher it is the encoder's, with."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 16, 32, 32)
+    model = JEPA(3, **SMALL, target='ema', momentum=(0.5, 0.5), chunks=1)
+    with torch.no_grad():
+        for p in model.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    seen = {}
+    model.loss = lambda p, z, generator: seen.update(z=z) or {'loss': p.mean()}
+    model(*x)['loss'].backward()
+    assert torch.equal(seen['z'], model.teacher(x[1])) and not seen['z'].requires_grad
+    assert torch.equal(model.embedding, model.encoder(x[0]).detach())
+    assert all(p.grad is None for p in model.teacher.parameters()) and model.encoder.factors.weight.grad.abs().sum() > 0
+    before = model.teacher.factors.weight.clone()
+    model.after_step(0.3)
+    assert torch.allclose(model.teacher.factors.weight, (before + model.encoder.factors.weight) / 2)
+    plain = JEPA(3, **SMALL, chunks=1)
+    assert plain.teacher is None and not any('teacher' in name for name in plain.state_dict())
+    plain.after_step(0.3)
+
+
+def test_jepa_passes_each_loss_its_settings():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 16, 32, 32)
+    for loss, settings, terms in (('sigreg', dict(sigreg_coeff=0.3, directions=8), {'sim', 'sigreg'}),
+                                  ('infonce', dict(temperature=0.1), {'found'}),
+                                  ('vicreg', dict(cov_coeff=7.0, chunks=1), {'sim', 'std', 'cov'})):
+        model = JEPA(3, **SMALL, loss=loss, **settings)
+        assert model.loss.keywords == settings
+        assert set(model(*x, seeded(0))) == {'loss'} | terms
+
+
+@pytest.mark.parametrize('flags, words', [(['--loss', 'hinge'], 'hinge'), (['--temperature', '0'], 'temperature'),
+                                          (['--target', 'self'], 'self'), (['--momentum', '1'], 'momentum'),
+                                          (['--directions', '0'], 'at least 1')])
+def test_bad_options_are_refused(well, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        config.parse([*map(str, NANO), '--data-dir', str(well), '--out', str(tmp_path / 'a'), *flags], '')
