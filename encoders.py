@@ -49,11 +49,12 @@ def check_encoder(options, height, width):
                          f'--resolution or --crop')
 
 
-def build_encoder(channels, encoder='convnext', widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), rate=8.0,
-                  layer_scale=1e-6):
-    if encoder == 'convnext':
-        return Encoder(channels, widths, blocks, layer_scale)
-    return Statistics(channels, widths, rate)
+def build_encoder(channels, **settings):
+    """The encoder for fields of so many channels. settings: of EncoderOptions, whose defaults hold for the others."""
+    o = EncoderOptions(**settings)
+    if o.encoder == 'convnext':
+        return Encoder(channels, o.widths, o.blocks, o.layer_scale)
+    return Statistics(channels, o.widths, o.rate)
 
 
 class DepthwiseConv3d(nn.Conv3d):

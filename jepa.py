@@ -67,6 +67,8 @@ def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
     check_encoder(options, height, width)
     at_least(options, 1, 'chunks', 'directions')
+    if not 0 <= options.sigreg_coeff <= 1:
+        raise ValueError(f'--sigreg-coeff is a share, from 0 to 1, not {options.sigreg_coeff}')
     if options.loss not in LOSSES:
         raise ValueError(f'--loss is {", ".join(LOSSES)}, not {options.loss!r}')
     if options.loss_rows not in ('local', 'global'):
@@ -110,6 +112,8 @@ class JEPA(nn.Module):
 
     def __init__(self, channels, loss='vicreg', loss_rows='local', standardize=False, residual=False, paired=True,
                  target='encoder', momentum=(0.996, 1.0), layer_scale=1e-6, **settings):
+        if unknown := settings.keys() - {f.name for f in fields(Options)}:
+            raise TypeError(f'JEPA has no setting {", ".join(sorted(unknown))}')
         super().__init__()
         self.standardize, self.residual, self.paired, self.momentum = standardize, residual, paired, momentum
         self.gather = gather if loss_rows == 'global' else lambda z: z
@@ -158,11 +162,12 @@ class JEPA(nn.Module):
 
 
 def load_published(model, path):
-    """Load an official ConvEncoder_*.pth (a bare state dict) into model.encoder.
+    """Load an official ConvEncoder_*.pth (a bare state dict) into model.encoder, and its teacher, if there is one.
 
     Raises ValueError for a file that is cut short, would run code or holds no state dict, and, naming the key,
     if anything is missing, unknown or of another shape.
     """
     state = published_state(path)
     check_state(model.encoder.state_dict(), state, path)
-    model.encoder.load_state_dict(state)
+    for network in filter(None, (model.encoder, model.teacher)):
+        network.load_state_dict(state)

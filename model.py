@@ -24,9 +24,9 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
                     check(options, height, width), which raises ValueError for what will not do;
                     load_published(network, path), for --init
     in the network  after_step(progress), called when the optimizer has stepped (an EMA teacher moves here), with the
-                    share of the run's steps that are done; `embedding`, the last one, (B, D, ...), for the log (else
-                    what the encoder gave); undecayed(name, parameter), true for what AdamW's weight decay leaves
-                    alone; paper_finetuning(), which makes it what the paper fine-tuned
+                    share of the run's steps that are done; `embedding`, the last one, (B, D, ...) or tokens (B, N,
+                    D), for the log (else what the encoder gave); undecayed(name, parameter), true for what AdamW's
+                    weight decay leaves alone; paper_finetuning(), which makes it what the paper fine-tuned
 """
 import dataclasses
 import functools

@@ -5,8 +5,9 @@ Pixels in place of latents: JEPA's encoder and predictor, but what is predicted 
                                                                                       mean (pixels - x)^2
     target  (B, C, 16, H, W) --patches, normalised--------------------> x          /
 
-The pair of jepa.py and this differs by the target alone: the networks are the same (encoders.py), and so is all that
-happens to the data with `--views paired`. A light decoder, thrown away afterwards, turns each predicted embedding into
+Encoder and predictor are jepa.py's, and so is the data that JEPA gets with `--views paired`: the pair differs by the
+target, and by what its loss needs (JEPA's z-scores, which keep it from collapsing; here no noise, which would be in
+the target too). A light decoder, thrown away afterwards, turns each predicted embedding into
 the patches of its 16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say at which
 scales the prediction errs.
 """

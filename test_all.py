@@ -148,7 +148,8 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     assert process.wait() == -signal.SIGKILL
     assert 'resuming at step' in run('train.py', *flags, '--out', out, cwd=tmp_path).stdout
     assert losses(out) == rows
-    refused('train.py', *flags, '--size', 'huge', '--out', 'out/c', cwd=tmp_path, words=['huge'])
+    size = '--widths' if model == 'pixels' else '--size'
+    refused('train.py', *flags, size, 'huge', '--out', 'out/c', cwd=tmp_path, words=['huge'])
     refused('train.py', *flags, '--lr', 1e30, '--save-every', 1, '--out', 'out/c', cwd=tmp_path, words=['the loss is'])
     table = run('eval.py', 'out/a', '--epochs', 2, '--finetune', 1, '--stride', 16, cwd=tmp_path).stdout
     title, paper = models.title(model), hasattr(models.find_model(model), 'PAPER')

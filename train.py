@@ -164,7 +164,8 @@ def own_checkpoint(path):
 def check_resumable(c, options, steps, state, checkpoint):
     """Raise ValueError if a checkpoint is of a run with other settings, or with more steps; say if it is extended."""
     own = asdict(c) | asdict(options)
-    there = asdict(Config()) | state['config'] | state['options']        # a setting may be younger than the run
+    younger = asdict(Config()) | asdict(type(options)())                 # a setting may be younger than the run
+    there = younger | state['config'] | state['options']
     differs = [k for k in own if k not in MAY_CHANGE and own[k] != there.get(k)]
     if differs:
         raise ValueError(f'{checkpoint} is a run with other settings ('
@@ -172,8 +173,8 @@ def check_resumable(c, options, steps, state, checkpoint):
     if steps < state['steps']:
         raise ValueError(f'{checkpoint} is a run of {state["steps"]} steps, now {steps}: only more are possible')
     if steps > state['steps']:
-        say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the learning rate is that '
-            f'of the longer run')
+        say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the learning rate (and a '
+            f"teacher's momentum) is that of the longer run")
 
 
 def trimmed_log(path, step):

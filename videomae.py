@@ -61,6 +61,7 @@ def encoder_size(options):
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
+    at_least(options, 1, 'decoder_width')
     at_least(options, 0, 'decoder_depth')
     check_sizes(options, options.decoder_width, height, width)
     hidden_places(height * width // options.patch**2, options.mask_ratio)
@@ -69,10 +70,8 @@ def check(options, height, width):
 def check_sizes(options, light, height, width):
     """Raise ValueError if heads do not divide widths, also that of the `light` decoder, or patches the fields."""
     at_least(options, 1, 'patch')
-    if light < 1:
-        raise ValueError(f'the decoder must be at least 1 wide, not {light}')
-    own, _, heads = encoder_size(options)
-    for own, divisor in (own, heads), (light, heads_of(light)):
+    of_encoder, _, heads = encoder_size(options)
+    for own, divisor in (of_encoder, heads), (light, heads_of(light)):
         if own % divisor:
             raise ValueError(f'width {own} is not divisible by {divisor} heads')
     if height % options.patch or width % options.patch:
@@ -266,7 +265,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (B, N, width) -> predicted pixels (B, hidden, outputs) of the last `hidden` tokens."""
+    """Tokens (B, N, width) -> predictions (B, hidden, outputs) of the last `hidden` tokens."""
 
     def __init__(self, width, depth, heads, outputs):
         super().__init__()
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
 
 
 def initialise(mask_token, *networks):
-    """As VideoMAE's: a small mask token, Xavier's uniform linear layers without biases."""
+    """As VideoMAE's: a small mask token, Xavier's uniform linear layers, their biases zero."""
     nn.init.trunc_normal_(mask_token, std=0.02, a=-0.02, b=0.02)
     for layer in (layer for network in networks for layer in network.modules()):
         if isinstance(layer, nn.Linear):

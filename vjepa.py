@@ -5,10 +5,13 @@ V-JEPA for physics: hide part of a clip, predict the embedding of what is hidden
                                                                                                    mean |p - y|
                                        all ----teacher----> hidden tokens, layer-normed ---> y  /
 
-VideoMAE's ViT, masks and order of events, with another target: not the pixels of the hidden tokens but what a
-teacher makes of them, which sees the whole clip. The teacher is an exponential moving average of the encoder
-and gets no gradient; that it follows slowly is what keeps both from the constant embedding, which would be
-easy to predict. `embedding_std` and `embedding_rank` in the log show if it does.
+VideoMAE's ViT with another target: not the pixels of the hidden tokens but what a teacher makes of them, which
+sees the whole clip. The teacher is a moving average of the encoder (ema.py) and gets no gradient; that is what
+keeps both from the constant embedding, which would be easy to predict. `embedding_std` and `embedding_rank` in
+the log show if it does. With `--masks random` this and videomae.py differ by the target alone.
+
+Unlike V-JEPA's, the positions are VideoMAE's, a table over the flattened grid; blocks begin as VideoMAE's; and
+what is probed is the encoder, so that it can be trained with labels, not the teacher, which ends close to it.
 """
 import copy
 from dataclasses import dataclass
@@ -55,6 +58,7 @@ PRESETS = {
 
 def check(options, height, width):
     """Raise ValueError if the options, or fields of this size, will not do."""
+    at_least(options, 1, 'predictor_width')
     at_least(options, 0, 'predictor_depth', 'vicreg')
     if options.masks not in MASKS:
         raise ValueError(f'--masks is {", ".join(MASKS)}, not {options.masks!r}')
@@ -127,7 +131,9 @@ def block_size(H, W, share, aspect):
 def visible_and_hidden(mask, generator):
     """Indices of tokens, ascending: (2, batch, n visible), (2, batch, m hidden), for a mask (2, batch, N).
 
-    n and m are the least that any clip has; what others have more, drawn at random, is neither seen nor predicted.
+    n and m are the least that any clip has (of all ranks: more GPUs, fewer tokens; of two blocks of 70% on 14 x 14, 19%
+    of the tokens are visible, and 7% are left with 8 windows); what others have more, drawn at random, is neither seen
+    nor predicted.
     """
     order = (torch.rand(mask.shape, generator=generator) + mask).argsort(-1)           # visible tokens come first
     n, m = (~mask).sum(-1).min(), mask.sum(-1).min()
@@ -203,9 +209,10 @@ class VJEPA(nn.Module):
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)
             terms.append({'error': self.distance(p, take(y, hidden))})
             if self.vicreg:
-                rows = in_full(gather(z)).flatten(0, 1)
-                terms[-1] |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
-        self.embedding = z.detach().transpose(1, 2)                      # (2B, D, n)
+                with torch.autocast(x.device.type, enabled=False):       # statistics in full precision
+                    rows = in_full(gather(z)).flatten(0, 1)              # (2 * world * B * n, D)
+                    terms[-1] |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
+        self.embedding = z.detach()
         terms = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         loss = terms['error'] + self.vicreg * (25 * terms.get('std', 0) + terms.get('cov', 0))
         return {'loss': loss, **terms}

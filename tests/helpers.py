@@ -177,7 +177,8 @@ def losses(out):
     """The log's losses, (steps, terms), having checked that every step is there once, in order."""
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows] == list(range(len(rows)))
-    return [[row[k] for k in ('loss', 'sim', 'std', 'cov', 'low', 'mid', 'high') if k in row] for row in rows]
+    terms = 'loss', 'sim', 'std', 'cov', 'low', 'mid', 'high', 'error', 'sigreg', 'found'
+    return [[row[k] for k in terms if k in row] for row in rows]
 
 
 # the rivals of JEPA in miniature; flags of their own go after BASE's

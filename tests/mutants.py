@@ -16,8 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'statistics'))
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
+LOSSES, VJEPA, PIXELS = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels'))
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
-RANKS = 'test_all.py -k two_ranks_equal_one_process'
+RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
 MUTANTS = [                                                              # file, what stands there, what instead, tests
     # the loop
@@ -47,12 +48,28 @@ MUTANTS = [                                                              # file,
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
     ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
-    ('vicreg.py', 'grad.chunk(world)[rank] * world', 'grad.chunk(world)[rank]', RANKS + ' -k jepa'),
-    ('jepa.py', "gather if loss_rows == 'global'", "gather if loss_rows == 'any'", RANKS + ' -k jepa'),
-    ('jepa.py', 'factor=8.0', 'factor=1.0', 'tests/test_jepa.py'),
-    ('jepa.py', 'torch.asinh(8 * means)', 'means', 'tests/test_jepa.py'),
-    ('jepa.py', 'products = a * b', 'products = a', 'tests/test_jepa.py'),
+    ('vicreg.py', 'grad.chunk(world)[rank] * world', 'grad.chunk(world)[rank]', RANKS + '[nano]'),
+    ('jepa.py', "gather if loss_rows == 'global'", "gather if loss_rows == 'any'", RANKS + '[nano]'),
+    ('encoders.py', 'factor=8.0', 'factor=1.0', 'tests/test_jepa.py'),
+    ('encoders.py', 'torch.asinh(8 * means)', 'means', 'tests/test_jepa.py'),
+    ('encoders.py', 'products = a * b', 'products = a', 'tests/test_jepa.py'),
     ('jepa.py', 'p = z + p', 'p = p + 0', 'tests/test_jepa.py'),
+    # the other losses, the teacher, masked latents, pixels
+    ('sigreg.py', 'weights[[0, -1]] /= 2', 'pass', LOSSES), ('sigreg.py', '2 * reach / (', 'reach / (', LOSSES),
+    ('sigreg.py', '(sigreg(x, a) + sigreg(y, a)) / 2', 'sigreg(x, a)', LOSSES),
+    ('infonce.py', 'similarity.T, own', 'similarity, own', LOSSES),
+    ('ema.py', 'slow.lerp_(fast, 1 - m)', 'slow.lerp_(fast, m)', LOSSES),
+    ('ema.py', '(end - start) * progress', '0.0 * progress', LOSSES),
+    ('jepa.py', 'z_next = self.teacher(target)', 'z_next = self.encoder(target)', LOSSES),
+    ('vjepa.py', 'return F.layer_norm(y, y.shape[-1:])', 'return y', VJEPA),
+    ('vjepa.py', '+ mask).argsort', ').argsort', VJEPA),
+    ('vjepa.py', '(full := hidden.flatten(1).all(1)).any()', '(full := hidden.flatten(1).all(1)).all()', VJEPA),
+    ('vjepa.py', 'max(1, round((area / aspect)', 'max(1, round((area * aspect)', VJEPA),
+    ('vjepa.py', "option((0.996, 1.0)", "option((0.9, 1.0)", VJEPA),
+    ('vjepa.py', 'i[:, rank * B:(rank + 1) * B]', 'i[:, :B]', RANKS + '[vjepa]'),
+    ('vjepa.py', 'in_full(gather(z))', 'in_full(z)', RANKS + '[vjepa]'),
+    ('pixels.py', 'self.place[:, None, :, None]', 'self.place[:, :, None, None].transpose(1, 3)', PIXELS),
+    ('train.py', 'asdict(type(options)())', 'dict()', TRAIN + ' -k younger'),
     ('videomae.py', 'rank * batch:(rank + 1) * batch', ':batch', 'tests/test_videomae.py -k ranks'),
     # data
     ('data.py', 'np.log10(self.scalars[n]) if n in', 'self.scalars[n] if n in', DATA + ' tests/test_model.py'),

@@ -8,7 +8,7 @@ import config
 from ema import move_teacher
 from helpers import NANO
 from infonce import infonce, infonce_loss_maps
-from jepa import JEPA
+from jepa import JEPA, load_published
 from sigreg import random_directions, sigreg, sigreg_loss_maps
 
 SMALL = {'encoder': 'statistics', 'widths': (4, 4, 4, 8)}
@@ -19,7 +19,7 @@ def epps_pulley(x, reach):
     """N int |phi - exp(-t^2/2)|^2 exp(-t^2/2) dt over [-reach, reach], by a fine sum over complex exponentials."""
     t = np.linspace(-reach, reach, 20001)
     phi = np.exp(1j * t[:, None] * x).mean(1)
-    return len(x) * np.trapezoid(np.abs(phi - np.exp(-t**2 / 2))**2 * np.exp(-t**2 / 2), t)
+    return len(x) * np.sum(np.abs(phi - np.exp(-t**2 / 2))**2 * np.exp(-t**2 / 2)) * (t[1] - t[0])
 
 
 @pytest.mark.parametrize('scale, shift', [(1.0, 0.0), (0.3, 0.0), (1.0, 2.0), (0.0, 0.0)])
@@ -78,6 +78,8 @@ def test_infonce_is_the_cross_entropy_of_similarities():
     maps = infonce_loss_maps(x.view(7, 5, 1, 1).expand(7, 5, 2, 3), y.view(7, 5, 1, 1), 0.2)
     assert torch.allclose(maps['loss'], out['loss'])                     # positions are averaged
     assert infonce(x, x, 0.05)['loss'] < 0.1 and infonce(x, x)['found'] == 1
+    with pytest.raises(ValueError, match='at least 2'):
+        infonce(x[:1], y[:1])
 
 
 def test_teacher_formula():
@@ -91,7 +93,7 @@ def test_teacher_formula():
     assert all(torch.equal(a, b) for a, b in zip(last, slow.parameters()))
 
 
-def test_jepa_with_a_teacher():
+def test_jepa_with_a_teacher(tmp_path):
     """The target's embedding is the teacher's, without gradient; without a teacher it is the encoder's, with."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, 16, 32, 32)
@@ -108,6 +110,10 @@ def test_jepa_with_a_teacher():
     before = model.teacher.factors.weight.clone()
     model.after_step(0.3)
     assert torch.allclose(model.teacher.factors.weight, (before + model.encoder.factors.weight) / 2)
+    published = {k: torch.ones_like(v) for k, v in model.encoder.state_dict().items()}
+    torch.save(published, tmp_path / 'published.pth')
+    load_published(model, tmp_path / 'published.pth')                    # it starts there, too
+    assert all(torch.equal(model.teacher.state_dict()[k], v) for k, v in published.items())
     plain = JEPA(3, **SMALL, chunks=1)
     assert plain.teacher is None and not any('teacher' in name for name in plain.state_dict())
     plain.after_step(0.3)
@@ -122,11 +128,13 @@ def test_jepa_passes_each_loss_its_settings():
         model = JEPA(3, **SMALL, loss=loss, **settings)
         assert model.loss.keywords == settings
         assert set(model(*x, seeded(0))) == {'loss'} | terms
+    with pytest.raises(TypeError, match='sim_coef$'):
+        JEPA(3, sim_coef=3.0)
 
 
 @pytest.mark.parametrize('flags, words', [(['--loss', 'hinge'], 'hinge'), (['--temperature', '0'], 'temperature'),
                                           (['--target', 'self'], 'self'), (['--momentum', '1'], 'momentum'),
-                                          (['--directions', '0'], 'at least 1')])
+                                          (['--directions', '0'], 'at least 1'), (['--sigreg-coeff', '2'], 'share')])
 def test_bad_options_are_refused(well, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):
         config.parse([*map(str, NANO), '--data-dir', str(well), '--out', str(tmp_path / 'a'), *flags], '')

@@ -35,7 +35,9 @@ OF_MODEL = {
     'jepa': dict(batch=256, min_lr=1e-6, encoder='convnext', rate=8.0,   # [C] train.py: target_global_batch_size
                  widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, residual=False,
                  sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, standardize=False,      # [T], [C] model.py
-                 loss_rows='local'),                                     # [C] nothing is gathered
+                 loss_rows='local',                                      # [C] nothing is gathered
+                 loss='vicreg', target='encoder', sigreg_coeff=0.05, directions=1024, temperature=0.5,
+                 momentum=(0.996, 1.0)),                                 # not the paper's
     'videomae': dict(batch=128, lr=1.5e-4, min_lr=1e-5, noise=0.0,       # [V] per 256 clips, two in a window
                      size='small', width=0, depth=0, heads=0, patch=16, mask_ratio=0.9, decoder_width=192,
                      decoder_depth=4),                                   # [T]
