@@ -85,7 +85,7 @@ def test_settings_of_nano(row, tmp_path, monkeypatch):
     assert c.batch == c.micro_batch and c.batch * c.steps == 76800
     assert c.views == ('other-time' if model == 'jepa' else 'paired')
     found = vars(options)
-    assert found.get('rate', 0) == (0 if model != 'jepa' else 8 if system == 'active_matter' else 32)
+    assert found.get('rate', 0) == (0 if model not in ('jepa', 'pixels') else 8 if system == 'active_matter' else 32)
     assert {k: found[k] for k in OF_NANO[model]} == OF_NANO[model]
 
 
