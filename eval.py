@@ -258,7 +258,7 @@ def result_of(run, args, rows, parameters, seconds):
     """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
     scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
-    if paper is not None and not run.c.supervised:
+    if paper is not None and not run.c.supervised and not read_recipe(run.root):       # nothing of what we simulate
         scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
             'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,

@@ -1,21 +1,23 @@
 """
 The numbers of README.md and NOTES.md, made again: data, training, and errors on test, for every seed of a row.
 
-    python reproduce.py active_matter-jepa-nano              # three seeds: about half an hour on two cores
+    python reproduce.py active_matter-jepa-nano              # three seeds: 50 minutes of one core, 20 GB
     python reproduce.py                                      # all rows: a day
     python tables.py                                         # then writes the tables
 
-A row is SYSTEM-NAME, with the flags of NAME below. What is finished under out/ is not run again, and what was
-interrupted goes on; then the eval.json of each run is copied to results/. Each seed has data of its own, in
-data/seed0, data/seed1 and so on. To use several cores well, start several of these with OMP_NUM_THREADS=1.
+A row is SYSTEM-NAME, with the flags of NAME below. Runs are kept in rows/, and data in data/seed0, data/seed1 and so
+on; what is interrupted goes on. Then eval.json goes to results/, in place of what is there: it will be the same on
+this machine, and elsewhere within the spread. After a change of code delete rows/. Each run takes one core, as ours
+did; start one of these for each seed to use more.
 """
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import option, parse, script, write_bytes
+from common import alone_in, option, parse, script, write_bytes
 
 from systems import system_names
 
@@ -34,34 +36,50 @@ class Settings:
 
 
 def commands(name, seed):
-    """(folder of the run, the commands that make it) of a row's name and a seed. Raises ValueError for no row."""
-    system = next((s for s in system_names() if name.removeprefix(s + '-') in ROWS), None)
-    if system is None:
+    """(folder of the run, how train.py and eval.py make it) of a row's name and a seed. ValueError for no row."""
+    found = [(system, row) for system in system_names() for row in ROWS if name == f'{system}-{row}']
+    if not found:
         raise ValueError(f'no row {name!r}: a row is a system ({", ".join(system_names())}), a dash and one of '
                          f'{", ".join(ROWS)}')
-    out, data = f'out/{name}-seed{seed}', ['--data-dir', f'data/seed{seed}']
-    train = ['train.py', '--data', system, *ROWS[name.removeprefix(system + '-')].split(), '--seed', str(seed), *data]
-    return Path(out), [[*train, '--out', out], ['eval.py', out, '--split', 'test', *data]]
+    (system, row), = found
+    out, data = f'rows/{name}-seed{seed}', ['--data-dir', f'data/seed{seed}']
+    train = ['train.py', '--data', system, *ROWS[row].split(), '--seed', str(seed), *data, '--out', out]
+    return Path(out), train, ['eval.py', out, '--split', 'test', *data]
 
 
-def finished(out):
-    """Has a run been scored on test?"""
-    table = out / 'eval.json'
-    return table.exists() and json.loads(table.read_text()).get('split') == 'test'
+def execute(command):
+    """Run a script of ours on one core; ValueError if it fails, having said why."""
+    print('$ python', *command, flush=True)
+    if subprocess.run([sys.executable, HERE / command[0], *command[1:]],
+                      env={'OMP_NUM_THREADS': '1', **os.environ}).returncode:
+        raise ValueError(f'python {" ".join(command)} failed')
+
+
+def make(name, seed):
+    """One run of a row, and its eval.json in results/."""
+    out, train, evaluate = commands(name, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        execute(train)                                                   # nothing, if it is finished and the same
+        table = out / 'eval.json'
+        known = json.loads(table.read_text()) if table.exists() else {}
+        if known.get('split') != 'test' or table.stat().st_mtime < (out / 'ckpt.pt').stat().st_mtime:
+            execute(evaluate)
+            known = json.loads(table.read_text())
+    if set(known['seeds'].values()) != {seed}:
+        raise ValueError(f'{table} is of other seeds, {known["seeds"]}: delete data/seed{seed}')
+    write_bytes(HERE / 'results' / f'{out.name}.json', table.read_bytes())
 
 
 @script
 def main(argv=None):
     settings, names = parse(__doc__ + '\nrows: ' + ', '.join(ALL), Settings, argv,
                             names=dict(nargs='*', help='of rows (default: all)'))
-    runs = [(name, seed, *commands(name, seed)) for name in names or ALL for seed in settings.seeds]
-    for name, seed, out, steps in runs:
-        if not finished(out):
-            for step in steps:
-                print('$ python', *step, flush=True)
-                if subprocess.run([sys.executable, HERE / step[0], *step[1:]]).returncode:
-                    raise ValueError(f'python {" ".join(step)} failed')
-        write_bytes(HERE / 'results' / f'{name}-seed{seed}.json', (out / 'eval.json').read_bytes())
+    runs = [(name, seed) for name in names or ALL for seed in settings.seeds]
+    for run in runs:                                                     # all are rows, before the first takes hours
+        commands(*run)
+    for run in runs:
+        make(*run)
     print(f'{len(runs)} runs in results/. Next: python tables.py')
 
 

@@ -13,6 +13,7 @@ are refused: --unresolved writes them all the same.
 """
 import dataclasses
 import json
+import math
 import os
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -27,7 +28,7 @@ import torch
 from systems import find_system, system_names
 
 RESOLVED = 1e-3         # largest share of the energy in the last third of the spectrum of a resolved run
-AT_ONCE = 8             # batches of runs that are simulated at once, if there are cores; each is held in memory
+MEMORY = 4e9            # bytes of fields held at once: so many batches of runs are simulated side by side
 
 
 @dataclasses.dataclass
@@ -223,10 +224,12 @@ def simulate_missing(name, p, root, seed, unresolved, device):
 
     for split in SPLITS:
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
-    # One core for each batch: many times faster than all for one, and no byte depends on how many there are.
+    # On small grids a core for each batch is faster than all for one, and no byte depends on how many there are.
     cores = torch.get_num_threads()
-    with ThreadPoolExecutor(1 if device == 'cuda' else min(cores, AT_ONCE), 'batch',
-                            torch.set_num_threads, (1,)) as pool:
+    fit = MEMORY / (p.frames * math.prod(p.grid) * 12 * 4 * max(p.runs.values()) * p.files_at_once)
+    each = 1 if fit >= 2 else cores                                      # threads
+    with ThreadPoolExecutor(1 if device == 'cuda' else max(1, min(cores, int(fit))), 'batch',
+                            torch.set_num_threads, (each,)) as pool:
         jobs = [pool.submit(simulate_batch, *batch) for batch in missing]
         try:
             worst = [job.result() for job in as_completed(jobs)]

@@ -148,10 +148,18 @@ def collect(names, folder):
     return {title: list(found.values()) for title, found in rows.items()}, first
 
 
+def no_better(values, random):
+    """Are several seeds' errors not below those of random weights by two standard deviations of the difference?"""
+    if min(len(values), len(random)) < 2:
+        return False
+    return bool(np.mean(random) - np.mean(values) < 2 * np.hypot(np.std(random, ddof=1), np.std(values, ddof=1)))
+
+
 def summary(names, folder):
     """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds.
 
-    Raises ValueError for files that are missing, or that one table cannot compare.
+    `~` marks what is not below the model's random weights by two standard deviations of their difference. Raises
+    ValueError for files that are missing, or that one table cannot compare.
     """
     each, names = 'parameters' in names, [name for name in names if name != 'parameters']
     rows, first = collect(names, folder)
@@ -165,7 +173,8 @@ def summary(names, folder):
             for c in columns:
                 values = [by_probe[p][c] for by_probe, _, _ in found if p in by_probe]
                 spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
-                cell = f'{np.mean(values):.3f}{spread}' if values else '-'
+                random = [e[p][c] for e, _, _ in rows.get(title.partition(',')[0] + ': random init', [])]
+                cell = f'{np.mean(values):.3f}{spread}' + ' ~' * no_better(values, random) if values else '-'
                 if values and c == 'mean':
                     cell += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
                 cells.append(cell)

@@ -204,7 +204,7 @@ SYSTEM = System(
     presets={
         'nano': Preset((64, 64), 81, PAIRS, dict(train=3, valid=1, test=1), 9,
                        '64 x 64, 81 frames, 45 pairs, 225 runs, in a box of 5 with a translational diffusion of 0.14, '
-                       'milder for the coarse grid: 3.3 GB, 4.3 minutes on 2 cores',
+                       'milder for the coarse grid: 3.3 GB, 2.6 minutes on 2 cores',
                        dict(dt=0.25 / 12, d_t=0.14, sweeps=1), dict(box=5.0)),
         'well': Preset((256, 256), 81, PAIRS, dict(train=3, valid=1, test=1), 3,
                        '256 x 256, 81 frames, 45 pairs, 225 runs: 53 GB; for a GPU, not timed', dict(dt=0.005))})

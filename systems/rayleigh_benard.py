@@ -209,7 +209,7 @@ SYSTEM = System(
     axes=lambda nx, ny: [np.arange(nx) * 4 / nx, chebyshev_nodes(ny)],
     presets={
         'nano': Preset((96, 32), 80, with_prandtl((2.5e3, 8e3, 2.5e4, 8e4)), dict(train=3, valid=1, test=1), 4,
-                       '96 x 32, 80 frames, 28 pairs at Rayleigh 2.5e3 to 8e4, 140 runs: 0.5 GB, 2 minutes on 2 cores',
+                       '96 x 32, 80 frames, 28 pairs at Rayleigh 2.5e3 to 8e4, 140 runs: 0.5 GB, a minute on 2 cores',
                        dict(noise=0.1)),
         'well': Preset((512, 128), 200, with_prandtl((1e6, 1e7, 1e8, 1e9, 1e10)), dict(train=40, valid=5, test=5), 1,
                        '512 x 128, 200 frames, 35 pairs, 1750 runs: 370 GB; for a GPU, not timed', dict(noise=1e-3))})

@@ -148,7 +148,7 @@ SYSTEM = System(
     presets={
         'nano': Preset((48, 96), 80, with_schmidt((80.0, 160.0, 320.0, 640.0)), dict(train=3, valid=1, test=1), 7,
                        '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs at Reynolds 80 to 640, 140 runs, each of '
-                       'four layers at places of its own: 0.8 GB, 2 minutes on 2 cores',
+                       'four layers at places of its own: 0.8 GB, 3 minutes on 2 cores',
                        dict(refine=2, layers=4, jumps=(0.4, 1.2), widths=(0.1, 0.2), blobs=(0.05, 0.15), waves=0.1)),
         'well': Preset((256, 512), 200, with_schmidt((1e4, 5e4, 1e5, 5e5)), dict(train=32, valid=4, test=4), 1,
                        '256 x 512 (solved at 1024 x 2048), 200 frames, 28 pairs, 1120 runs: 470 GB; for a GPU, '

@@ -1,5 +1,6 @@
 """reproduce.py: the commands of a row, and what is run again."""
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,44 +14,79 @@ from helpers import HERE
 from tables import with_tables
 
 
-def test_a_row_is_made_seed_by_seed(tmp_path, monkeypatch):
-    """Trained and scored with data of its own; what is finished is only copied, what is scored on valid is not."""
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """The commands that were run; they pretend to train and to evaluate."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, 'HERE', tmp_path)
     (tmp_path / 'results').mkdir()
-    ran = []
+    commands = []
 
-    def pretend(command):
+    def pretend(command, env):
+        assert env['OMP_NUM_THREADS'] == os.environ.get('OMP_NUM_THREADS', '1')
         script, *flags = command[1:]
-        ran.append([script.name, *flags])
+        commands.append([script.name, *flags])
         if script.name == 'eval.py':
-            Path(flags[0]).mkdir(parents=True)
-            (Path(flags[0]) / 'eval.json').write_text(json.dumps(dict(split='test', said=flags)))
+            k = int(flags[0][-1])
+            (tmp_path / flags[0] / 'eval.json').write_text(json.dumps(dict(
+                split='test', seeds=dict(data=k, training=k, probe=k), by=len(commands))))
+        elif not (tmp_path / flags[-1] / 'ckpt.pt').exists():
+            (tmp_path / flags[-1] / 'ckpt.pt').touch()
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(reproduce.subprocess, 'run', pretend)
-    row, out = 'shear_flow-jepa-nano-supervised', 'out/shear_flow-jepa-nano-supervised-seed'
-    reproduce.main([row, '--seeds', '0,3'])
-    assert ran == [line for k in '03' for line in (
+    return commands
+
+
+ROW, OUT = 'shear_flow-jepa-nano-supervised', 'rows/shear_flow-jepa-nano-supervised-seed'
+
+
+def test_a_row_is_made_seed_by_seed(ran):
+    """Trained and scored with data of its own, and copied; a finished one is only looked at by train.py."""
+    reproduce.main([ROW, '--seeds', '0,3'])
+    commands = [line for k in '03' for line in (
         ['train.py', '--data', 'shear_flow', '--model', 'jepa', '--supervised', '--seed', k, '--data-dir',
-         f'data/seed{k}', '--out', out + k],
-        ['eval.py', out + k, '--split', 'test', '--data-dir', f'data/seed{k}'])]
-    for k in '03':
-        copied = json.loads((tmp_path / 'results' / f'{row}-seed{k}.json').read_text())
-        assert copied['said'][0] == out + k
-    (tmp_path / (out + '3') / 'eval.json').write_text(json.dumps(dict(split='valid')))
-    (tmp_path / (out + '0') / 'eval.json').write_text(json.dumps(dict(split='test', said='kept')))
+         f'data/seed{k}', '--out', OUT + k],
+        ['eval.py', OUT + k, '--split', 'test', '--data-dir', f'data/seed{k}'])]
+    assert ran == commands
+    assert all(json.loads(Path(f'results/{ROW}-seed{k}.json').read_text())['seeds']['data'] == k for k in (0, 3))
     ran.clear()
-    monkeypatch.setattr(reproduce.subprocess, 'run', lambda command: subprocess.CompletedProcess(command, 2))
-    with pytest.raises(SystemExit):                                      # train.py fails: nothing is copied after it
-        reproduce.main([row, '--seeds', '0,3'])
-    assert json.loads((tmp_path / 'results' / f'{row}-seed0.json').read_text())['said'] == 'kept'
-    assert json.loads((tmp_path / 'results' / f'{row}-seed3.json').read_text())['split'] == 'test'
+    reproduce.main([ROW, '--seeds', '0,3'])
+    assert ran == commands[::2]
 
 
-def test_unknown_rows_are_refused(capsys):
+def test_what_is_stale_is_scored_again(ran):
+    """On valid, or before the checkpoint's last step."""
+    table, result = Path(OUT + '0/eval.json'), Path(f'results/{ROW}-seed0.json')
+    for spoil in (lambda: table.write_text(json.dumps(dict(split='valid'))), lambda: os.utime(table, (1, 1))):
+        reproduce.main([ROW, '--seeds', '0'])
+        spoil()
+        ran.clear()
+        reproduce.main([ROW, '--seeds', '0'])
+        assert [command[0] for command in ran] == ['train.py', 'eval.py']
+        assert json.loads(result.read_text())['by'] == 2
+
+
+def test_results_of_other_data_are_refused(ran, capsys):
+    """Nor is anything copied if a command fails."""
+    reproduce.main([ROW, '--seeds', '0'])
+    before = Path(f'results/{ROW}-seed0.json').read_bytes()
+    Path(OUT + '0/eval.json').write_text(json.dumps(dict(split='test', seeds=dict(data=1, training=0, probe=0))))
     with pytest.raises(SystemExit):
-        reproduce.main(['active_matter-gan-nano'])
-    assert 'active_matter-gan-nano' in capsys.readouterr().err.splitlines()[-1]
+        reproduce.main([ROW, '--seeds', '0'])
+    assert 'delete data/seed0' in capsys.readouterr().err.splitlines()[-1]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(reproduce.subprocess, 'run', lambda command, env: subprocess.CompletedProcess(command, 2))
+        reproduce.main([ROW, '--seeds', '0'])
+    assert 'failed' in capsys.readouterr().err.splitlines()[-1]
+    assert Path(f'results/{ROW}-seed0.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('name', ['active_matter-gan-nano', 'jepa-nano'])
+def test_unknown_rows_are_refused(ran, capsys, name):
+    """Before anything is run."""
+    with pytest.raises(SystemExit):
+        reproduce.main([ROW, name])
+    assert f"'{name}'" in capsys.readouterr().err.splitlines()[-1] and not ran
 
 
 def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
@@ -62,7 +98,7 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
     assert names - {'parameters'} <= set(reproduce.ALL)
     monkeypatch.chdir(tmp_path)
     for name in reproduce.ALL:
-        out, (first, second) = reproduce.commands(name, 1)
+        out, first, second = reproduce.commands(name, 1)
         c, _, _ = train.parse(first[1:], '')
         assert (c.preset, c.seed, c.out, c.data_dir) == ('nano', 1, str(out), 'data/seed1')
         settings, folders = parse('', evaluation.Settings, second[1:], folders=dict(nargs='*'))

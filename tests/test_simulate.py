@@ -199,22 +199,29 @@ def test_the_seed_reaches_the_data(tmp_path):
     assert first_file('a', 0) == first_file('b', 0) != first_file('c', 1)
 
 
-def test_data_do_not_depend_on_the_number_of_cores(tmp_path):
-    """One core or three, batches one after the other or at once: the same bytes, and as many threads as before."""
-    made, threads = [], torch.get_num_threads()
-    try:
-        for cores in 1, 3:
-            torch.set_num_threads(cores)
-            with pytest.MonkeyPatch.context() as patch:
-                presets = find_system('active_matter').presets
-                patch.setitem(presets, 'nano', dataclasses.replace(
-                    presets['nano'], runs=RUNS, frames=8, pairs=[(-1.0, 1.0), (-5.0, 9.0)], files_at_once=1))
-                root = simulate.make_dataset('active_matter', tmp_path / str(cores))
-            made.append({path.relative_to(root): content for path, content in read_bytes(root).items()})
-            with ThreadPoolExecutor(1) as pool:                          # nor do threads that are started later
-                assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == cores
-    finally:
-        torch.set_num_threads(threads)
+@pytest.fixture
+def cores():
+    """A function that sets how many threads torch has, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('name', ['active_matter', *FLUIDS])
+def test_data_do_not_depend_on_the_number_of_cores(tmp_path, cores, name):
+    """One core or three, batches one after the other or side by side: the same bytes, and as many threads as before."""
+    size = FLUIDS.get(name, dict(grid=(64, 64), pairs=[(-1.0, 1.0), (-5.0, 9.0)]))
+    made = []
+    for number in 1, 3:
+        cores(number)
+        with pytest.MonkeyPatch.context() as patch:
+            presets = find_system(name).presets
+            patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, files_at_once=1, **{
+                **size, 'frames': 8}))
+            root = simulate.make_dataset(name, tmp_path / str(number), unresolved=True)
+        made.append({path.relative_to(root): content for path, content in read_bytes(root).items()})
+        with ThreadPoolExecutor(1) as pool:                              # nor do threads that are started later
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == number
     assert made[0] == made[1] and len(made[0]) > 6
 
 
@@ -228,18 +235,24 @@ def test_layers_of_shear_flow_lie_anywhere():
     assert np.histogram(places, 5, (0, 0.5))[0].min() > 4
 
 
-def test_unresolved_runs_are_refused(tmp_path, capsys):
-    """A thin shear on a coarse grid: one line that names the file, and no file; with the flag, files and the line."""
+@pytest.mark.parametrize('number', [1, 2])
+def test_unresolved_runs_are_refused(tmp_path, capsys, cores, number):
+    """A thin shear on a coarse grid: one line that names the file, which is not written; with the flag it is.
+
+    A resolved run beside it is finished before, or, on another core, stopped.
+    """
+    cores(number)
     with pytest.MonkeyPatch.context() as patch:
         presets = find_system('shear_flow').presets
         patch.setitem(presets, 'nano', dataclasses.replace(presets['nano'], runs=RUNS, **{
-            **FLUIDS['shear_flow'], 'frames': 12, 'pairs': [(50.0, 1.0), (1e5, 1.0)], 'files_at_once': 1}))
+            **FLUIDS['shear_flow'], 'frames': 40, 'pairs': [(50.0, 1.0), (1e5, 1.0)], 'files_at_once': 1}))
         command = ['shear_flow', '--data-dir', str(tmp_path), '--device', 'cpu']
         with pytest.raises(SystemExit) as stopped:
             simulate.main(command)
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and 'Reynolds_100000_Schmidt_1.hdf5' in line and '--unresolved' in line
-        assert [p.name for p in files_of(tmp_path / 'shear_flow')] == ['shear_flow_Reynolds_50_Schmidt_1.hdf5']
+        there = [p.name for p in files_of(tmp_path / 'shear_flow')]
+        assert there == ['shear_flow_Reynolds_50_Schmidt_1.hdf5'] * (number == 1)
         assert not list(tmp_path.rglob('*.part'))
         simulate.main([*command, '--unresolved'])
         finished = capsys.readouterr().out
@@ -248,6 +261,27 @@ def test_unresolved_runs_are_refused(tmp_path, capsys):
     line = next(line for line in finished.splitlines() if 'last third' in line)
     share = float(re.search(r'At most (\S+) of the energy', line)[1])
     assert share > simulate.RESOLVED == 1e-3 and 'Reynolds_100000' in line and 'not resolved' in line
+
+
+def test_large_batches_are_simulated_one_by_one(tmp_path, monkeypatch, cores):
+    """As many side by side as memory and cores allow; a single one gets all cores."""
+    cores(3)
+    seen = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, prefix, initializer, arguments):
+            seen.append((workers, arguments[0]))
+            super().__init__(1)
+    monkeypatch.setattr(simulate, 'ThreadPoolExecutor', Pool)
+    monkeypatch.setattr(simulate, 'record', lambda *args: ({}, np.zeros(99)))
+    monkeypatch.setattr(simulate, 'write_well_file', lambda path, *args: path.touch())
+    monkeypatch.setattr(simulate, 'write_stats', lambda *args: None)
+    for name, preset in ('active_matter', 'nano'), ('active_matter', 'well'):
+        system = find_system(name)
+        monkeypatch.setattr(system, 'solver', lambda *args: None)
+        simulate.make_dataset(name, tmp_path / preset, preset)
+    assert seen == [(3, 1), (1, 3)]
+    assert find_system('active_matter').presets['nano'].files_at_once == 9             # 27 runs: 0.43 GB
 
 
 @both_fluids

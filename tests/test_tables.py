@@ -50,14 +50,14 @@ def test_means_over_seeds(tmp_path):
     table = tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 [0.233, 0.367]']
+    assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.233, 0.367]']
     assert rows['JEPA: random init'][2].startswith('0.600 ± 0.200 [')
     assert rows['JEPA, paired, from out/x'][:2] == ['1', '200']
     assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
     assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
     assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
     each = tables.summary(['parameters', 'a-nano'], tmp_path).splitlines()
-    assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 | 0.400' in each[2]
+    assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 ~ | 0.400' in each[2]
     alone = tables.summary(['a-nano-seed1'], tmp_path).splitlines()
     assert alone[2].startswith('| JEPA | 1 | 100 | 0.300 [')
     with pytest.raises(ValueError, match='b-nano'):
@@ -65,6 +65,13 @@ def test_means_over_seeds(tmp_path):
     page = 'before\n<!-- results: a-nano -->\nold\n<!-- /results -->\nafter'
     assert tables.with_tables(page, tmp_path).splitlines()[2] == table[0]
     assert tables.with_tables(tables.with_tables(page, tmp_path), tmp_path).endswith('<!-- /results -->\nafter')
+
+
+def test_what_is_no_better_than_random_weights_is_marked():
+    """By two standard deviations of the difference of the means' spreads: here 2 * sqrt(0.1^2 + 0.2^2) = 0.447."""
+    random = [0.4, 0.6, 0.8]
+    assert tables.no_better([0.06, 0.16, 0.26], random) and not tables.no_better([0.05, 0.15, 0.25], random)
+    assert not tables.no_better([0.7], random)
 
 
 def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
