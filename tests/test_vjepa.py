@@ -115,6 +115,7 @@ def test_the_loss_is_the_mean_distance_over_hidden_tokens(distance, of):
     torch.manual_seed(0)
     model, x = VJEPA(3, **MINI, masks='temporal', distance=distance, vicreg=0.01).double(), torch.randn(
         2, 2, 3, 16, 16, 16, dtype=torch.float64)
+    model.teacher.norm.weight.data.mul_(2)                               # or its output would be normal already
     losses = model(*x, seeded(0))
     patches, visible = patchify(x.flatten(0, 1), 2, 4), torch.arange(32).expand(4, -1)
     hidden = torch.arange(32, 128).expand(4, -1)
