@@ -11,7 +11,7 @@ keeps both from the constant embedding, which would be easy to predict. `embeddi
 the log show if it does. With `--masks random` this and videomae.py differ by the target alone.
 
 Unlike V-JEPA's, the positions are VideoMAE's, a table over the flattened grid; blocks begin as VideoMAE's; and
-what is probed is the encoder, so that it can be trained with labels, not the teacher, which ends close to it.
+what is probed is the encoder, which can be trained with labels, not the teacher that follows it.
 """
 import copy
 from dataclasses import dataclass
