@@ -97,7 +97,3 @@ class Pixels(nn.Module):
         bands = band_energies(unpatchify(error.detach(), target.shape, 2, self.patch)) / error.numel()
         loss = error.square().mean()
         return {'loss': loss, 'low': bands[0], 'mid': bands[1], 'high': bands[2]}
-
-    def features(self, x):
-        """Tokens: (B, channels, 16, H, W) -> (B, N = H/16 * W/16, D)."""
-        return self.encoder(x).flatten(2).transpose(1, 2)

@@ -31,13 +31,18 @@ SIZES = {'nano': (64, 4, 2), 'tiny': (192, 12, 3), 'small': (384, 12, 6)}       
 
 
 @dataclass
-class Options:
-    """The defaults are the paper's."""
+class ViTOptions:
+    """Of the encoder. The defaults are the paper's."""
     size: str = option('small', 'of the encoder: ' + ', '.join(SIZES))
     width: int = option(0, 'of the encoder; 0: as its size says')
     depth: int = option(0, 'blocks of the encoder; 0: as its size says')
     heads: int = option(0, 'of the encoder; 0: as its size says')
     patch: int = option(16, 'side of a tubelet, which is two frames long')
+
+
+@dataclass
+class Options(ViTOptions):
+    """The defaults are the paper's."""
     mask_ratio: float = option(0.9, 'share of the patches that is hidden')
     decoder_width: int = option(192, 'width of the decoder, 64 a head')
     decoder_depth: int = option(4, 'blocks of the decoder')

@@ -17,15 +17,14 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import videomae
-from common import at_least, option
+from common import RANK, WORLD, at_least, option
 from ema import check_momentum, move_teacher
 from vicreg import covariance_loss, gather, in_full, variance_loss
-from videomae import SIZES, Decoder, Encoder, encoder_size, heads_of, initialise, patchify, positions, take, tube_masks
+from videomae import (Decoder, Encoder, ViTOptions, check_sizes, encoder_size, heads_of, initialise, patchify,
+                      positions, take, tube_masks)
 
 TITLE = 'V-JEPA'
 TERMS = {'error': 'prediction', 'std': 'variance', 'cov': 'covariance'}  # what the log's terms are in pictures
@@ -34,12 +33,7 @@ DISTANCES = {'l1': F.l1_loss, 'smooth-l1': F.smooth_l1_loss, 'l2': F.mse_loss}
 
 
 @dataclass
-class Options:
-    size: str = option('small', 'of the encoder: ' + ', '.join(SIZES))
-    width: int = option(0, 'of the encoder; 0: as its size says')
-    depth: int = option(0, 'blocks of the encoder; 0: as its size says')
-    heads: int = option(0, 'of the encoder; 0: as its size says')
-    patch: int = option(16, 'side of a tubelet, which is two frames long')
+class Options(ViTOptions):
     masks: str = option('block', 'what is hidden: block, two masks of spatial blocks in all frames; random, the '
                                  'same random places in all frames, as VideoMAE does; temporal, the last frames')
     mask_ratio: float = option(0.9, 'share that random and temporal masks hide')
@@ -65,7 +59,7 @@ def check(options, height, width):
     if options.distance not in DISTANCES:
         raise ValueError(f'--distance is {", ".join(DISTANCES)}, not {options.distance!r}')
     check_momentum(options.momentum)
-    videomae.check_sizes(options, options.predictor_width, height, width)
+    check_sizes(options, options.predictor_width, height, width)
     grid = 16 // 2, height // options.patch, width // options.patch
     MASKS[options.masks](1, grid, options.mask_ratio, torch.Generator().manual_seed(0))
 
@@ -196,21 +190,20 @@ class VJEPA(nn.Module):
 
     def forward(self, context, target, generator=None):
         """context, target: (B, C, 16, H, W). `generator` draws the masks, in the same state on all ranks."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         x = torch.cat([context, target])                                 # (2B, C, 16, H, W)
         B, _, T, H, W = context.shape
         patches = patchify(x, self.tubelet, self.patch)                  # (2B, N, pixels, C)
         y = self.targets(patches)                                        # (2B, N, D)
         grid, terms = (T // self.tubelet, H // self.patch, W // self.patch), []
-        for mask in self.masks(world * B, grid, self.mask_ratio, generator):           # of all ranks: (2, world * B, N)
-            visible, hidden = (i[:, rank * B:(rank + 1) * B].flatten(0, 1).to(x.device)
+        for mask in self.masks(WORLD * B, grid, self.mask_ratio, generator):           # of all ranks: (2, WORLD * B, N)
+            visible, hidden = (i[:, RANK * B:(RANK + 1) * B].flatten(0, 1).to(x.device)
                                for i in visible_and_hidden(mask, generator))           # (2B, n), (2B, m)
             z = self.encoder(patches, visible)                           # (2B, n, D)
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)
             terms.append({'error': self.distance(p, take(y, hidden))})
             if self.vicreg:
                 with torch.autocast(x.device.type, enabled=False):       # statistics in full precision
-                    rows = in_full(gather(z)).flatten(0, 1)              # (2 * world * B * n, D)
+                    rows = in_full(gather(z)).flatten(0, 1)              # (2 * WORLD * B * n, D)
                     terms[-1] |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
         self.embedding = z.detach()
         terms = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}

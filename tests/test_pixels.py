@@ -4,6 +4,7 @@ import torch
 from encoders import EncoderOptions
 import jepa
 from jepa import JEPA
+from model import tokens_of
 from pixels import PRESETS, Decoder, Pixels
 from videomae import normalized_pixels, patchify, unpatchify
 
@@ -48,6 +49,6 @@ def test_the_loss_is_the_error_of_normalised_pixels():
     expected = (model.decoder(z + model.predictor(z)) - normalized_pixels(patchify(target, 2, 8))).square().mean()
     assert torch.allclose(out['loss'], expected)
     assert torch.allclose(out['low'] + out['mid'] + out['high'], expected)
-    assert torch.equal(model.embedding, z.detach()) and model.features(context).shape == (2, 4, 8)
+    assert torch.equal(model.embedding, z.detach()) and tokens_of(model, context).shape == (2, 4, 8)
     model.residual = False
     assert not torch.allclose(model(context, target)['loss'], expected)
