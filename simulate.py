@@ -227,9 +227,9 @@ def simulate_missing(name, p, root, seed, unresolved, device):
     # On small grids a core for each batch is faster than all for one, and no byte depends on how many there are.
     cores = torch.get_num_threads()
     fit = MEMORY / (p.frames * math.prod(p.grid) * 12 * 4 * max(p.runs.values()) * p.files_at_once)
-    each = 1 if fit >= 2 else cores                                      # threads
+    threads = 1 if fit >= 2 else cores                                   # of a batch
     with ThreadPoolExecutor(1 if device == 'cuda' else max(1, min(cores, int(fit))), 'batch',
-                            torch.set_num_threads, (each,)) as pool:
+                            torch.set_num_threads, (threads,)) as pool:
         jobs = [pool.submit(simulate_batch, *batch) for batch in missing]
         try:
             worst = [job.result() for job in as_completed(jobs)]
