@@ -267,7 +267,15 @@ def result_of(run, args, rows, parameters, seconds):
             'evaluated_by': run.git, 'machine': machine(pick_device(args.device)),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
+                    'last_steps': last_steps(run.path.with_name('log.jsonl')),
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
+
+
+def last_steps(log, steps=100):
+    """What a training log says of its last steps: the means of its losses and of the embedding's spread and rank."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()[-steps:]] if log.exists() else []
+    names = lines[0].keys() - {'step', 'lr', 'samples_per_s', 'seconds', 'memory_gb'} if lines else ()
+    return {name: float(np.mean([line[name] for line in lines])) for name in sorted(names)}
 
 
 def scored(rows, targets, runs, labels):

@@ -8,8 +8,8 @@ Pixels in place of latents: JEPA's encoder and predictor, but what is predicted 
 Encoder and predictor are jepa.py's, and so is the data that JEPA gets with `--views paired`: the pair differs by the
 target, and by what its loss needs (JEPA's z-scores, which keep it from collapsing; here no noise, which would be in
 the target too). A light decoder, thrown away afterwards, turns each predicted embedding into
-the patches of its 16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say at which
-scales the prediction errs.
+the patches of its 16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say how much
+of each scale the prediction misses.
 """
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ import encoders
 from common import at_least, option
 from encoders import EncoderOptions, build_encoder, check_encoder
 from jepa import Predictor
-from videomae import band_energies, normalized_pixels, patchify, unpatchify
+from videomae import missed, normalized_pixels, patchify, unpatchify
 
 TITLE = 'pixels'
 ANY_SIZE = PAIRED = True
@@ -94,6 +94,5 @@ class Pixels(nn.Module):
     def forward(self, context, target, generator=None):
         x = normalized_pixels(patchify(target, 2, self.patch))           # (B, N, pixels * C)
         error = self.predict(context) - x                                # at least float32
-        bands = band_energies(unpatchify(error.detach(), target.shape, 2, self.patch)) / error.numel()
-        loss = error.square().mean()
-        return {'loss': loss, 'low': bands[0], 'mid': bands[1], 'high': bands[2]}
+        in_place = (unpatchify(values.detach(), target.shape, 2, self.patch) for values in (error, x))
+        return {'loss': error.square().mean(), **missed(*in_place)}

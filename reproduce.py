@@ -26,6 +26,11 @@ ROWS = {                                                                 # after
     'jepa-nano': '--model jepa',
     'jepa-nano-supervised': '--model jepa --supervised',
     'videomae-nano': '--model videomae',
+    # latents or pixels: a third of nano's steps
+    'jepa-nano-vicreg': '--model jepa --steps 800',
+    'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
+    'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
+    'pixels-nano': '--model pixels --steps 800',
 }
 ALL = [f'{system}-{row}' for system in system_names() for row in ROWS if system == 'active_matter' or 'jepa' in row]
 

@@ -137,8 +137,6 @@ def test_rivals_train_resume_and_evaluate(well, tmp_path, model):
     run('train.py', *flags, '--out', 'out/a', cwd=tmp_path)
     rows = losses(tmp_path / 'out' / 'a')
     assert len(rows) == 12 and np.isfinite(rows).all() and len({row[0] for row in rows}) == 12
-    if model == 'videomae':
-        assert all(row[0] == pytest.approx(sum(row[1:]), rel=1e-5) for row in rows)          # the bands
     out = tmp_path / 'out' / 'b'
     process = subprocess.Popen(**command('train.py', *flags, '--out', out), cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -8,7 +8,7 @@ VideoMAE for physics: hide nine tenths of a clip, predict its pixels from the re
 The encoder, a ViT, sees the visible tokens only; a light decoder fills in the hidden ones and is thrown
 away after pretraining. The mask is a tube: the same places are hidden in all frames, so that nothing can
 be copied from a neighbouring frame. Where JEPA predicts an embedding, this reconstructs every pixel,
-small scales and noise included: `low`, `mid` and `high` in the losses say at which scales it errs.
+small scales and noise included: `low`, `mid` and `high` in the log say how much of each scale it misses.
 Parameter names are the official code's (MCG-NJU/VideoMAE), so its checkpoints load.
 """
 import argparse
@@ -193,6 +193,19 @@ def band_energies(x):
     return torch.stack([(power * (band == i)).sum() for i in range(3)])
 
 
+@torch.no_grad()
+def missed(error, target):
+    """What a prediction misses of its target's energy, by spatial wavenumber -> {'low', 'mid', 'high'}: 0 to 1 or more.
+
+    error, target: (B, C, T, H, W), of normalised pixels; zero where nothing is predicted. Sums over all ranks. One: no
+    better than to predict zero, all patches at their means.
+    """
+    bands = torch.stack([band_energies(error), band_energies(target)])   # (2, 3)
+    if dist.is_initialized():
+        dist.all_reduce(bands)
+    return dict(zip(('low', 'mid', 'high'), bands[0] / bands[1]))
+
+
 # ---------------------------------------------------------------------------------------------
 # the networks
 
@@ -334,10 +347,10 @@ class VideoMAE(nn.Module):
     def forward(self, context, target, generator=None):
         """context, target: (B, C, 16, H, W) -> {'loss', 'low', 'mid', 'high'}, the last three detached.
 
-        loss: mean squared error of the normalised pixels of hidden patches. low, mid, high: the same error
-        split by spatial wavenumber. Prediction minus target is put back to its place in the clip, zero at
-        visible patches, and Fourier transformed over (H, W); |k| in thirds of the largest one-dimensional
-        wavenumber H/2 (the corners belong to high), so that low + mid + high = loss (Parseval).
+        loss: mean squared error of the normalised pixels of hidden patches. low, mid, high: the share of the
+        pixels' energy that is missed at these spatial wavenumbers. Prediction minus target, and target, are put
+        back to their place in the clip, zero at visible patches, and Fourier transformed over (H, W); |k| in
+        thirds of the largest one-dimensional wavenumber H/2 (the corners belong to high).
         `generator` draws the masks and must be in the same state on all ranks.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -346,17 +359,16 @@ class VideoMAE(nn.Module):
         places = patches.shape[1] * self.tubelet // x.shape[2]
         masked = tube_masks(len(context), places, self.mask_ratio, generator, rank, world)
         prediction, hidden = self.reconstruct(patches, masked)           # (2B, n, pixels * C), (2B, n)
-        error = prediction - normalized_pixels(take(patches, hidden))    # at least float32
-        with torch.no_grad():
-            in_place = error.new_zeros(patches.flatten(2).shape)         # (2B, N, pixels * C)
-            in_place[torch.arange(len(x), device=x.device)[:, None], hidden] = error
-            bands = band_energies(unpatchify(in_place, x.shape, self.tubelet, self.patch)) / error.numel()
-        loss = error.square().mean()
-        if world > 1:                                                    # the global batch's values, on every rank;
-            values = torch.cat([loss.detach()[None], bands])             # DDP averages the gradients by itself
-            dist.all_reduce(values)
-            loss, bands = loss + (values[0] / world - loss.detach()), values[1:] / world
-        return {'loss': loss, 'low': bands[0], 'mid': bands[1], 'high': bands[2]}
+        pixels = normalized_pixels(take(patches, hidden))                # the same, at least float32
+        error = prediction - pixels
+        return {'loss': error.square().mean(),
+                **missed(*(self.in_place(values, hidden, x) for values in (error, pixels)))}
+
+    def in_place(self, values, hidden, x):
+        """Of the hidden tokens, (2B, n, pixels * C), where they stand in the clips x, (2B, C, T, H, W): else zero."""
+        patches = values.new_zeros(len(x), x[0].numel() // values.shape[-1], values.shape[-1])
+        patches[torch.arange(len(x), device=x.device)[:, None], hidden] = values.detach()
+        return unpatchify(patches, x.shape, self.tubelet, self.patch)
 
     def features(self, x):
         """All tokens: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""

@@ -6,7 +6,7 @@ import jepa
 from jepa import JEPA
 from model import tokens_of
 from pixels import PRESETS, Decoder, Pixels
-from videomae import normalized_pixels, patchify, unpatchify
+from videomae import band_energies, normalized_pixels, patchify, unpatchify
 
 SMALL = dict(encoder='statistics', widths=(4, 4, 4, 8), decoder_width=8)
 
@@ -41,14 +41,16 @@ def test_every_pixel_is_made_from_the_token_it_lies_in():
 
 
 def test_the_loss_is_the_error_of_normalised_pixels():
-    """Over all patches of the next frames, and its three bands add up."""
+    """Over all patches of the next frames; what is missed at each scale, weighted by what is there, adds up to it."""
     torch.manual_seed(0)
     model, (context, target) = Pixels(3, **SMALL, residual=True).double(), torch.randn(2, 2, 3, 16, 32, 32).double()
     out = model(context, target)
     z = model.encoder(context)
-    expected = (model.decoder(z + model.predictor(z)) - normalized_pixels(patchify(target, 2, 8))).square().mean()
+    pixels = normalized_pixels(patchify(target, 2, 8))
+    expected = (model.decoder(z + model.predictor(z)) - pixels).square().mean()
     assert torch.allclose(out['loss'], expected)
-    assert torch.allclose(out['low'] + out['mid'] + out['high'], expected)
+    there = band_energies(unpatchify(pixels, target.shape, 2, 8)) / pixels.numel()
+    assert torch.allclose(sum(out[k] * of for k, of in zip(('low', 'mid', 'high'), there)), expected)
     assert torch.equal(model.embedding, z.detach()) and tokens_of(model, context).shape == (2, 4, 8)
     model.residual = False
     assert not torch.allclose(model(context, target)['loss'], expected)

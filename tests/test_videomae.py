@@ -122,7 +122,7 @@ def test_ranks_hide_what_one_process_hides():
 
 
 def test_ranks_train_like_one_process(monkeypatch):
-    """The mean of two ranks' gradients is one process's, and both report the losses of the global batch."""
+    """The mean of two ranks' gradients and losses is one process's; both say what the global batch missed."""
     model = small_videomae(mask_ratio=0.75).double()
     context, target = clips(2, 4, 3, 4, 16, 16, dtype=torch.float64)
     parts = [(context[:2], target[:2]), (context[2:], target[2:])]
@@ -148,9 +148,10 @@ def test_ranks_train_like_one_process(monkeypatch):
             ranks.append(step(*parts[rank]))
         total = sent[0] + sent[1]
     assert not torch.allclose(sent[0], sent[1], rtol=1e-3)
-    for losses, _ in ranks:
-        for name, value in one.items():
-            assert losses[name].item() == pytest.approx(value.item(), rel=1e-10), name
+    for name, value in one.items():
+        parts = [losses[name].item() for losses, _ in ranks]
+        assert np.mean(parts) == pytest.approx(value.item(), rel=1e-10), name
+        assert parts[0] == parts[1] or name == 'loss', name
     for e, a, b in zip(expected, *(gradient for _, gradient in ranks)):
         assert torch.allclose((a + b) / 2, e, rtol=1e-10, atol=1e-14)
 
@@ -260,7 +261,6 @@ def test_bfloat16_autocast():
     losses['loss'].backward()
     for name, value in losses.items():
         assert value.dtype == torch.float32 and value.item() == pytest.approx(exact[name].item(), rel=0.05), name
-    assert sum(losses[k] for k in ('low', 'mid', 'high')).item() == pytest.approx(losses['loss'].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('shape', [(16, 15, 16), (16, 16, 18), (15, 16, 16), (16, 2, 16)])
@@ -293,18 +293,12 @@ def test_bands_add_up(H, W):
     assert np.allclose(expected.sum(), x.square().sum(), rtol=1e-12)
 
 
-def test_bands_of_the_loss_add_up():
-    model, x = small_videomae().double(), clips(2, 2, 3, 4, 16, 12, dtype=torch.float64)
-    losses = model(*x, seeded())
-    assert sum(losses[k] for k in ('low', 'mid', 'high')).item() == pytest.approx(losses['loss'].item(), rel=1e-12)
-    assert all(losses[k] > 0.01 * losses['loss'] and not losses[k].requires_grad for k in ('low', 'mid', 'high'))
-
-
 @pytest.mark.parametrize('k, band', [
     ((0, 0), 'low'), ((1, 2), 'low'), ((0, 2), 'low'), ((3, 0), 'mid'), ((2, 2), 'mid'), ((5, 0), 'mid'),
     ((0, 6), 'high'), ((4, 4), 'high'), ((-5, 3), 'high'), ((8, 8), 'high')])
 def test_an_error_of_one_wavenumber_is_of_its_band(k, band, monkeypatch):
     """Through `forward`: a prediction off by one wave everywhere, tokens in any order. Bands end at 8/3, 16/3."""
+    energies = []
     model, shape = small_videomae(), (2, 3, 4, 16, 16)
     i = torch.arange(16) * 2 * torch.pi / 16
     wave = (k[0] * i[:, None] + k[1] * i).cos().expand(shape)
@@ -314,25 +308,28 @@ def test_an_error_of_one_wavenumber_is_of_its_band(k, band, monkeypatch):
         prediction = videomae.normalized_pixels(patches) + videomae.patchify(wave, 2, 4).flatten(2)
         return prediction[:, order], order.expand(2, -1)
 
+    split = videomae.band_energies
+    monkeypatch.setattr(videomae, 'band_energies', lambda x: energies.append(split(x)) or energies[-1])
     monkeypatch.setattr(model, 'reconstruct', off_by_a_wave)
     losses = model(*clips(2, 1, *shape[1:]))
-    expected = wave.square().mean().item()
-    assert losses['loss'] == pytest.approx(expected, rel=1e-5)
-    for name in 'low', 'mid', 'high':
-        assert losses[name] == pytest.approx(expected if name == band else 0, rel=1e-5, abs=1e-6), name
+    assert losses['loss'] == pytest.approx(wave.square().mean().item(), rel=1e-5)
+    for name, of in zip(('low', 'mid', 'high'), energies[1]):            # the target's
+        expected = wave.square().sum().item() / of.item() if name == band else 0
+        assert losses[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
 def test_error_is_zero_where_visible(monkeypatch):
-    """What the bands see of an error of one: the hidden patches, and nothing around them."""
+    """What the bands see of an error of one, and of pixels of one: the hidden patches, and nothing around them."""
     model, x = small_videomae(mask_ratio=0.75), clips(2, 2, 3, 4, 16, 16)
     seen = []
     split = videomae.band_energies
     monkeypatch.setattr(videomae, 'band_energies', lambda e: seen.append(e) or split(e))
-    monkeypatch.setattr(videomae, 'normalized_pixels', lambda patches: torch.zeros_like(patches.flatten(-2)))
-    monkeypatch.setattr(model.decoder, 'forward', lambda tokens, hidden: torch.ones(4, hidden, 2 * 4 * 4 * 3))
+    monkeypatch.setattr(videomae, 'normalized_pixels', lambda patches: torch.ones_like(patches.flatten(-2)))
+    monkeypatch.setattr(model.decoder, 'forward', lambda tokens, hidden: torch.full((4, hidden, 2 * 4 * 4 * 3), 2.0))
     losses = model(*x, seeded())
     masked = videomae.tube_masks(2, 16, 0.75, seeded()).view(4, 1, 1, 4, 4).float()
-    assert torch.equal(seen[0], F.interpolate(masked, (1, 16, 16)).expand(4, 3, 4, 16, 16))
+    expected = F.interpolate(masked, (1, 16, 16)).expand(4, 3, 4, 16, 16)
+    assert len(seen) == 2 and all(torch.equal(x, expected) for x in seen)
     assert losses['loss'] == 1
 
 
