@@ -5,6 +5,7 @@ Pictures of the data, a training run and its error table.
     python plot.py out/... out/...                        # of the first, but errors of all in one picture
     python plot.py out/... --banner figures/banner.png    # only the README's: examples and table in one
     python plot.py --embeddings FILE                      # what eval.py --save-embeddings FILE kept
+    python plot.py --targets figures/targets.png          # the experiment of README.md that has such a picture
 
 Writes examples.png (the flow, for a few parameters of the test split), training.png (from log.jsonl) and
 errors.png (from eval.json; left out until python eval.py has made one), or embeddings.png (mean tokens in their
@@ -28,7 +29,8 @@ import model as models
 import systems
 from data import find_dataset, read_file
 from eval import checkpoints
-from tables import PUBLISHED, merge_rows
+from reproduce import LATENTS_OR_PIXELS
+from tables import HERE, PUBLISHED, SHARED, merge_rows, of_systems
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,
@@ -43,6 +45,7 @@ class Settings:
     out: str = option('figures', 'folder for the pictures', 'what')
     banner: str = option('', 'write only this picture, examples and error table', 'what')
     embeddings: str = option('', 'npz file of eval.py --save-embeddings: draw only that', 'what')
+    targets: str = option('', 'write only this picture, of the experiment in results/ that asks what is to be predicted', 'what')
 
 
 def read_example(path, picture):
@@ -170,6 +173,43 @@ def embeddings(figure, kept, system):
     figure.suptitle(f'{kept["model"]}, {kept["system"]}: large dots are test windows', fontsize=10)
 
 
+def targets(figure, found):
+    """Errors of what an encoder was trained to predict, a panel for each system, and what was missed at each scale.
+
+    found: {system: {title: [(errors, errors by run, of the run) of each seed]}}, of tables.collect. A dot is a seed, a
+    bar their mean; the two encoders before training are lines.
+    """
+    axes = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.1])
+    titles = [t for t in dict.fromkeys(t for rows in found.values() for t in rows)
+              if t not in SHARED and not t.endswith('random init')]
+    values = lambda rows, title, p: [e[p]['mean'] for e, _, _ in rows.get(title, [])]
+    for ax, (system, rows) in zip(axes, found.items()):
+        for i, title in enumerate(titles):
+            for j, p in enumerate(PROBES):
+                seeds, y = values(rows, title, p), i + 0.25 * (j - 1)
+                if seeds:
+                    ax.barh(y, np.mean(seeds), 0.22, color=PROBES[p], label=p if i == 0 else None)
+                    ax.plot(seeds, [y] * len(seeds), '.', ms=4, color='#222222')
+                random = values(rows, title.partition(',')[0] + ': random init', p)
+                if random:
+                    ax.plot([np.mean(random)] * 2, [y - 0.12, y + 0.12], color='#c0392b', lw=1.5,
+                            label='before training' if i == j == 0 else None)
+        ax.set(title=system.replace('_', ' '), yticks=range(len(titles)), yticklabels=titles if ax is axes[0] else [],
+               ylim=(len(titles) - 0.4, -0.6), xlabel='error on test (MSE, z-scored)')
+        ax.grid(axis='x')
+        ax.grid(False, axis='y')
+    bands = 'low', 'mid', 'high'
+    drawn = [(f'{title}, {system.replace("_", " ")}', missed) for system, rows in found.items() for title in rows
+             if (missed := [[run['last_steps'][b] for b in bands] for _, _, run in rows[title]
+                            if 'low' in run.get('last_steps', {})])]
+    for (name, missed), style in zip(drawn, itertools.product(('-', '--'), (PROBES['attentive'], PROBES['linear']))):
+        axes[-1].plot(bands, np.mean(missed, 0), style[0] + 'o', color=style[1], ms=4, label=name)
+    axes[-1].axhline(1, color='#444444', lw=0.8, ls='--')
+    axes[-1].set(title='Share of the target missed', xlabel='spatial wavenumber', ylim=(0, None))
+    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+
+
 def save(figure, path):
     part = path.with_name(path.name + '.part.png')
     figure.savefig(part)
@@ -248,6 +288,12 @@ def main(argv=None):
     out = Path(args.out)
     if missing := [str(p) for p in paths if not p.exists()]:
         raise ValueError(f'no run at {", ".join(missing)}')
+    if args.targets:
+        if not (found := of_systems(LATENTS_OR_PIXELS, HERE / 'results')):
+            raise ValueError('results/ has none of the experiment: python reproduce.py latents-or-pixels')
+        targets(figure := canvas(12, 5), found)
+        Path(args.targets).parent.mkdir(parents=True, exist_ok=True)
+        return save(figure, Path(args.targets))
     if not args.banner:
         out.mkdir(parents=True, exist_ok=True)
     if args.embeddings:

@@ -2,6 +2,7 @@
 The numbers of README.md and NOTES.md, made again: data, training, and errors on test, for every seed of a row.
 
     python reproduce.py active_matter-jepa-nano              # three seeds: 50 minutes of one core, 20 GB
+    python reproduce.py latents-or-pixels                    # that experiment's rows: DUMMY
     python reproduce.py                                      # all rows: a day
     python tables.py                                         # then writes the tables
 
@@ -26,13 +27,22 @@ ROWS = {                                                                 # after
     'jepa-nano': '--model jepa',
     'jepa-nano-supervised': '--model jepa --supervised',
     'videomae-nano': '--model videomae',
-    # latents or pixels: a third of nano's steps
+    # latents or pixels, all else equal: a third of nano's steps
     'jepa-nano-vicreg': '--model jepa --steps 800',
+    'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false --sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
     'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
     'pixels-nano': '--model pixels --steps 800',
+    'vjepa-nano-random': '--model vjepa --steps 800 --masks random',
+    'vjepa-nano-block': '--model vjepa --steps 800 --masks block',
+    'vjepa-nano-temporal': '--model vjepa --steps 800 --masks temporal',
+    'videomae-nano-short': '--model videomae --steps 800',
+    'vjepa-nano-supervised': '--model vjepa --steps 800 --supervised',
 }
-ALL = [f'{system}-{row}' for system in system_names() for row in ROWS if system == 'active_matter' or 'jepa' in row]
+LATENTS_OR_PIXELS = [row for row in ROWS if row not in ('jepa-nano', 'videomae-nano')]
+OF_SYSTEM = {'active_matter': ROWS, 'shear_flow': ['jepa-nano', *LATENTS_OR_PIXELS]}
+ALL = [f'{system}-{row}' for system in system_names()
+       for row in OF_SYSTEM.get(system, ['jepa-nano', 'jepa-nano-supervised'])]
 
 
 @dataclass
@@ -80,6 +90,8 @@ def make(name, seed):
 def main(argv=None):
     settings, names = parse(__doc__ + '\nrows: ' + ', '.join(ALL), Settings, argv,
                             names=dict(nargs='*', help='of rows (default: all)'))
+    if names == ['latents-or-pixels']:
+        names = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in LATENTS_OR_PIXELS]
     runs = [(name, seed) for name in names or ALL for seed in settings.seeds]
     for run in runs:                                                     # all are rows, before the first takes hours
         commands(*run)

@@ -258,3 +258,12 @@ def test_published_latents_have_a_row(here, capsys, blank):
     row = next(line for line in said.splitlines() if line.startswith('DISCO, published latents  '))
     linear = [float(v) for v in row.split()[-6:-3]]
     assert 'DISCO, the paper (valid)' in said and (min(linear) > 0.5 if blank else max(linear) < 0.05)
+
+
+def test_what_the_log_ends_with(tmp_path):
+    """Means over its last 100 steps, of losses and the embedding's health; nothing, if there is no log."""
+    log = tmp_path / 'log.jsonl'
+    assert evaluation.last_steps(log) == {}
+    log.write_text(''.join(json.dumps(dict(step=i, loss=i, embedding_rank=2 * i, lr=1, seconds=i, memory_gb=1,
+                                           samples_per_s=1)) + '\n' for i in range(150)))
+    assert evaluation.last_steps(log) == {'loss': 99.5, 'embedding_rank': 199.0}

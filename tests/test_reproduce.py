@@ -103,3 +103,11 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
         assert (c.preset, c.seed, c.out, c.data_dir) == ('nano', 1, str(out), 'data/seed1')
         settings, folders = parse('', evaluation.Settings, second[1:], folders=dict(nargs='*'))
         assert settings.split == 'test' and settings.data_dir == 'data/seed1' and folders == [str(out)]
+
+
+def test_an_experiment_is_one_word(ran):
+    """All its rows, of both systems."""
+    reproduce.main(['latents-or-pixels', '--seeds', '0'])
+    made = {path.stem for path in Path('results').iterdir()}
+    assert made == {f'{system}-{row}-seed0' for system in ('active_matter', 'shear_flow')
+                    for row in reproduce.LATENTS_OR_PIXELS} and len(made) == 22

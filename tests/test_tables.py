@@ -114,6 +114,31 @@ def test_the_encoder_with_labels_has_a_row(tmp_path):
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, supervised']
 
 
+def test_systems_side_by_side(tmp_path):
+    """Each its own seeds, spreads, ranks and minutes; two models that begin alike share a row of random weights."""
+    for system, scale in ('active_matter', 1), ('shear_flow', 2):
+        for seed, error in enumerate((0.1, 0.2)):
+            done = {**run(25600, seed=seed), 'train_seconds': 60 * scale * (seed + 1),
+                    'last_steps': {'embedding_rank': 3.0 * scale + seed}}
+            for name, row, own in ('jepa-nano-vicreg', 'JEPA', 1.0), ('pixels-nano', 'pixels', 2.5):
+                r = result(scale * own * error, seed, row, system=system, run=done)
+                for key in 'rows', 'by_run':
+                    r[key]['random init'] = result(scale * error, seed)[key]['random init']
+                (tmp_path / f'{system}-{name}-seed{seed}.json').write_text(json.dumps(r))
+    table = tables.side_by_side(['jepa-nano-vicreg', 'pixels-nano'], tmp_path).splitlines()
+    assert table[0].startswith('|  | windows seen | active_matter: attentive |') and 'shear_flow: knn' in table[0]
+    rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
+    assert list(rows) == ['JEPA, vicreg', 'JEPA: random init', 'field statistics', 'pixels']
+    assert rows['JEPA, vicreg'][:2] == ['25,600', '0.150 ± 0.071 ~'] and rows['JEPA, vicreg'][4] == '0.300 ± 0.141 ~'
+    assert rows['JEPA, vicreg'][7:] == ['3.5 / 6.5', '1.5 / 3.0 |'] and rows['JEPA: random init'][0] == '-'
+    assert rows['pixels'][1] == '0.375 ± 0.177 ~'
+    (tmp_path / 'shear_flow-pixels-nano-seed0.json').unlink()
+    alone = tables.side_by_side(['jepa-nano-vicreg', 'pixels-nano'], tmp_path).splitlines()[5].split(' | ')
+    assert alone[0] == '| pixels' and alone[5:9] == ['-', '-', '-', '3.5']
+    page = '<!-- results: latents-or-pixels -->\n<!-- /results -->'
+    assert tables.with_tables(page, tmp_path).splitlines()[1] == table[0]
+
+
 @pytest.mark.parametrize('changes', [
     dict(split='valid'), dict(system='shear_flow'), dict(labels=['alpha']), dict(stride=8), dict(windows={'test': 3}),
     dict(field="paper's part of the domain at 64 x 64"),
