@@ -51,7 +51,7 @@ class Options(ViTOptions):
 PRESETS = {
     # its target is the pixels: no noise on them. A window is two clips, so this is the paper's batch of 256
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4, min_lr=1e-5),
-    'nano': dict(size='nano', patch=8, decoder_width=128, decoder_depth=2, mask_ratio=0.75, lr=1.5e-3,
+    'nano': dict(size='nano', patch=8, decoder_width=64, decoder_depth=2, mask_ratio=0.75, lr=1.5e-3,
                  warmup_epochs=0.3)}
 
 

@@ -46,7 +46,7 @@ class Options(ViTOptions):
 
 PRESETS = {
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4),
-    'nano': dict(size='nano', patch=8, predictor_width=128, predictor_depth=2, mask_ratio=0.75, lr=1.5e-3,
+    'nano': dict(size='nano', patch=8, predictor_width=64, predictor_depth=2, mask_ratio=0.75, lr=1.5e-3,
                  warmup_epochs=0.3)}
 
 

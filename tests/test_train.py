@@ -63,8 +63,8 @@ disco    rayleigh_benard ynyy 32 4 16 4800  0.003 0.5
 OF_NANO = {
     'jepa': dict(encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0, residual=True, sim_coeff=10.0,
                  std_coeff=40.0, cov_coeff=4.0, chunks=1, standardize=True, loss_rows='global'),
-    'videomae': dict(size='nano', patch=8, mask_ratio=0.75, decoder_width=128, decoder_depth=2),
-    'vjepa': dict(size='nano', patch=8, masks='block', mask_ratio=0.75, predictor_width=128, predictor_depth=2,
+    'videomae': dict(size='nano', patch=8, mask_ratio=0.75, decoder_width=64, decoder_depth=2),
+    'vjepa': dict(size='nano', patch=8, masks='block', mask_ratio=0.75, predictor_width=64, predictor_depth=2,
                   distance='l1', momentum=(0.996, 1.0), vicreg=0.0),
     'pixels': dict(encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0, residual=True, patch=8,
                    decoder_width=128),
