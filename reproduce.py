@@ -26,20 +26,19 @@ HERE = Path(__file__).resolve().parent
 ROWS = {                                                                 # after SYSTEM-: what train.py is told
     'jepa-nano': '--model jepa',
     'jepa-nano-supervised': '--model jepa --supervised',
-    'videomae-nano': '--model videomae',
     # latents or pixels, all else equal: a third of nano's steps
     'jepa-nano-vicreg': '--model jepa --steps 800',
     'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false --sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
     'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
     'pixels-nano': '--model pixels --steps 800',
-    'vjepa-nano-random': '--model vjepa --steps 800 --masks random',
-    'vjepa-nano-block': '--model vjepa --steps 800 --masks block',
-    'vjepa-nano-temporal': '--model vjepa --steps 800 --masks temporal',
-    'videomae-nano-short': '--model videomae --steps 800',
-    'vjepa-nano-supervised': '--model vjepa --steps 800 --supervised',
+    'vjepa-nano-random': '--model vjepa --steps 3200 --masks random',
+    'vjepa-nano-block': '--model vjepa --steps 3200 --masks block',
+    'vjepa-nano-temporal': '--model vjepa --steps 3200 --masks temporal',
+    'videomae-nano': '--model videomae --steps 800',
+    'vjepa-nano-supervised': '--model vjepa --steps 3200 --supervised',
 }
-LATENTS_OR_PIXELS = [row for row in ROWS if row not in ('jepa-nano', 'videomae-nano')]
+LATENTS_OR_PIXELS = [row for row in ROWS if row != 'jepa-nano']
 OF_SYSTEM = {'active_matter': ROWS, 'shear_flow': ['jepa-nano', *LATENTS_OR_PIXELS]}
 ALL = [f'{system}-{row}' for system in system_names()
        for row in OF_SYSTEM.get(system, ['jepa-nano', 'jepa-nano-supervised'])]

@@ -46,8 +46,8 @@ class Options(ViTOptions):
 
 PRESETS = {
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4),
-    'nano': dict(size='nano', patch=8, predictor_width=64, predictor_depth=2, mask_ratio=0.75, lr=1.5e-3,
-                 warmup_epochs=0.3)}
+    'nano': dict(size='nano', patch=8, predictor_width=64, predictor_depth=2, mask_ratio=0.75, vicreg=0.01, batch=8,
+                 micro_batch=8, steps=9600, lr=7e-4, warmup_epochs=0.3)}
 
 
 def check(options, height, width):

@@ -49,8 +49,8 @@ jepa     rayleigh_benard yyyn 32 4 32 2400  0.003 0.5
 videomae active_matter   yyyy 32 1 32 2400 0.0015 0.3
 videomae shear_flow      yyyy 32 4 32 2400 0.0015 0.3
 videomae rayleigh_benard yyyy 32 4 32 2400 0.0015 0.3
-vjepa    active_matter   yyyy 32 1 32 2400 0.0015 0.3
-vjepa    shear_flow      yyyy 32 4 32 2400 0.0015 0.3
+vjepa    active_matter   yyyy 32 1  8 9600  0.0007 0.3
+vjepa    shear_flow      yyyy 32 4  8 9600  0.0007 0.3
 pixels   active_matter   yyyy 32 1 32 2400  0.003 0.5
 pixels   shear_flow      yyyy 32 4 32 2400  0.003 0.5
 mpp      active_matter   ynyy  0 1 16 4800  0.003 0.5
@@ -65,7 +65,7 @@ OF_NANO = {
                  std_coeff=40.0, cov_coeff=4.0, chunks=1, standardize=True, loss_rows='global'),
     'videomae': dict(size='nano', patch=8, mask_ratio=0.75, decoder_width=64, decoder_depth=2),
     'vjepa': dict(size='nano', patch=8, masks='block', mask_ratio=0.75, predictor_width=64, predictor_depth=2,
-                  distance='l1', momentum=(0.996, 1.0), vicreg=0.0),
+                  distance='l1', momentum=(0.996, 1.0), vicreg=0.01),
     'pixels': dict(encoder='statistics', widths=(64, 64, 64, 32), layer_scale=1.0, residual=True, patch=8,
                    decoder_width=128),
     'mpp': dict(size='nano', layer_scale=0.1, official_state_map=False),
