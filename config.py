@@ -17,8 +17,10 @@ import torch
 
 import model as models
 import systems
-from data import find_dataset, look_into
+from cache import KINDS
+from data import find_dataset
 from systems import System
+from well import look_into
 
 of_data, of_optimisation, of_machine = (functools.partial(option, group=g) for g in ('data', 'optimisation', 'machine'))
 
@@ -33,6 +35,8 @@ class Config:
     model: str = option(models.DEFAULT, ', '.join(models.model_names()))
     preset: str = option('auto', 'nano, paper or smoke; auto: nano on data simulated by the nano preset, else paper')
     data_dir: str = of_data('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
+    cache: str = of_data('float32', 'preprocessed trajectories on disk: float32; int16, half of that; or none, which '
+                                    "reads The Well's files again and again")
     cache_dir: str = of_data('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
     resolution: int = of_data(System.resolution, 'side the fields are resized to; 0 keeps the file\'s')
     whole: bool = of_data(False, 'keep the whole domain; else the part of it that the paper uses')
@@ -134,6 +138,8 @@ def finish(c):
     c.data_dir = str(data_folder(c.data_dir))
     c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}{"-supervised" * c.supervised}-seed{c.seed}'
     c.device = pick_device(c.device)
+    if c.cache not in KINDS:
+        raise ValueError(f'unknown cache {c.cache!r}: choose from {", ".join(KINDS)}')
     if c.views not in VIEWS:
         raise ValueError(f'unknown views {c.views!r}: choose from {", ".join(VIEWS)}')
     if c.dtype == 'auto':

@@ -87,7 +87,7 @@ class Run:
         self.name, self.module = models.title(c.model) + ', supervised' * c.supervised, models.find_model(c.model)
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
-        self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole)
+        self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
                        for s in SPLITS if s != 'test' or args.split == 'test' or args.save_embeddings}
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():

@@ -27,10 +27,11 @@ from PIL import Image                                                    # comes
 
 import model as models
 import systems
-from data import find_dataset, read_file
+from data import find_dataset
 from eval import checkpoints
 from reproduce import LATENTS_OR_PIXELS
 from tables import HERE, PUBLISHED, SHARED, merge_rows, of_systems
+from well import read_file
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,

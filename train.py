@@ -117,7 +117,7 @@ def open_data(c):
     if RANK > 0:
         dist.barrier()
     root, system, _ = find_dataset(c.data, c.data_dir, build=RANK == 0, seed=c.seed)
-    data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole)
+    data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
     if not data.varying():

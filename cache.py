@@ -1,0 +1,289 @@
+"""
+A split's trajectories in one flat file that is memory-mapped afterwards: nanoGPT's .bin, for fields.
+
+    files --plan--> how large, what is kept, where each file's part goes
+          --store, a process for each of several files--> <settings>-<hash>.bin, and .json that describes it
+
+Every trajectory is cropped and resized as the paper does, channels first; a window is then a slice. The name ends in
+a hash of the files' contents, so changing one makes a new cache. What is interrupted goes on file by file. Three
+ways: float32, the values; int16, half of that, in steps of 1/65534 of the range of a channel in a run; none: no
+cache, windows are read from the HDF5 files.
+"""
+import bisect
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import FRAMES, Progress, alone_in, say, write_text
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from systems import spatial_axes
+from well import read_file
+
+WINDOW = 2 * FRAMES
+KINDS = {'float32': np.float32, 'int16': np.int16, 'none': None}
+LARGE = 2**30               # bytes of a cache that is worth several processes, and a word before it is built
+
+
+@dataclass
+class Plan:
+    """What is kept of a split's files. `first`: the run that each begins with; cut: of x and y; grid: its points."""
+    files: list
+    channels: list
+    shape: tuple                                                         # runs, channels, frames, H, W
+    first: list
+    cut: list
+    grid: tuple
+
+    def bytes(self, kind):
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(KINDS[kind]).itemsize
+
+
+def plan(files, crop, resolution):
+    """Look into all files. crop: (from, to) of x and y as fractions of the grid; then resized, unless resolution is 0.
+
+    Raises ValueError for files that disagree or are too short.
+    """
+    first, runs, alike = [], 0, None
+    for file in files:
+        f, channels, _, (n, *rest) = read_file(file)
+        f.close()
+        alike = alike or (list(channels), rest)
+        if (list(channels), rest) != alike:
+            raise ValueError(f'{file} has other channels or another shape than {files[0]}')
+        first.append(runs)
+        runs += n
+    channels, (T, *size) = alike
+    if T < WINDOW:
+        raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
+    cut = [slice(round(a * n), round(b * n)) for n, (a, b) in zip(size, crop)]
+    H, W = (resolution, resolution) if resolution else (s.stop - s.start for s in cut)
+    return Plan(files, channels, (runs, len(channels), T, H, W), first, cut, grid_points(files[0], cut, (H, W)))
+
+
+def grid_points(path, cut, shape):
+    """(x, y, time step) of what is kept of a file: its own coordinates, cut and resized like the fields."""
+    points = []
+    with h5py.File(path) as f:
+        time = np.asarray(f['dimensions'].get('time', [0.0, 1.0]), float).ravel()
+        for axis, kept, n in zip(spatial_axes(f), cut, shape):
+            own = f['dimensions'][axis][kept] if axis in f['dimensions'] else np.arange(kept.start, kept.stop)
+            at = (np.arange(n) + 0.5) * len(own) / n - 0.5               # F.interpolate's, no two alike at the ends
+            i = np.clip(np.floor(at).astype(int), 0, max(0, len(own) - 2))
+            following = np.minimum(i + 1, len(own) - 1)
+            points.append((own[i] + (at - i) * (own[following] - own[i])).tolist())
+    return *points, float(time[1] - time[0])
+
+
+def content_key(files):
+    """Hash of the files' names, sizes, times and sixteen blocks of each: cheap, and new whenever one is rewritten."""
+    h = hashlib.sha256(b'3')                                             # the form of the cache
+    for path in files:
+        s = path.stat()
+        h.update(f'{path.name} {s.st_size} {s.st_mtime_ns}'.encode())
+        with open(path, 'rb') as f:
+            for i in range(16):
+                f.seek(i * s.st_size // 16)
+                h.update(f.read(4096))
+    return h.hexdigest()[:12]
+
+
+def read_frames(file, channels, trajectory, frames, cut, size):
+    """Fields (C, frames, H, W) float32 of an open file: `channels` as read_file gives them, frames a slice.
+
+    Each tensor is read at once, with all its components. Raises ValueError for what cannot be read.
+    """
+    parts = []
+    for d in dict.fromkeys(d for d, _ in channels.values()):
+        try:
+            x = d[(trajectory, frames, *cut)]                            # (frames, h, w, ...components)
+        except OSError as e:
+            raise ValueError(f'{file}: {d.name[1:]} cannot be read ({e})') from None
+        x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), -1, 0), np.float32))
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+        parts.append(x)
+    return torch.cat(parts).numpy()
+
+
+def store(of, number, part, kind):
+    """Write one file's trajectories to their place in `part` -> what the .json says of them, with sums for the std.
+
+    Raises ValueError for NaN or infinity.
+    """
+    file, size = of.files[number], of.shape[3:]
+    f, channels, scalars, (runs, *_) = read_file(file)
+    found = {'runs': [], 'total': np.zeros(of.shape[1]), 'squares': np.zeros(of.shape[1]), 'scale': []}
+    with f, open(part, 'r+b') as out:
+        out.seek(of.first[number] * (of.bytes(kind) // of.shape[0]))
+        for trajectory in range(runs):
+            x = read_frames(file, channels, trajectory, slice(None), of.cut, size)         # (C, T, H, W)
+            for name, values in zip(channels, x):
+                if not np.isfinite(values).all():
+                    raise ValueError(f'{file}: {name} of trajectory {trajectory} has NaN or infinite values')
+            found['total'] += x.sum((1, 2, 3), dtype=np.float64)
+            found['squares'] += np.square(x, dtype=np.float64).sum((1, 2, 3))
+            if kind == 'int16':
+                x, scale = quantise(x)
+                found['scale'].append(scale)
+            out.write(x.tobytes())
+            found['runs'].append({'file': file.name, 'trajectory': trajectory,
+                                  'scalars': {name: values[trajectory] for name, values in scalars.items()}})
+        out.flush()
+        os.fsync(out.fileno())
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+
+
+def quantise(x):
+    """Fields (C, ...) float32 -> (int16, [[step, middle] of each channel]): x is int16 * step + middle, +- step / 2."""
+    low, high = (f(x, tuple(range(1, x.ndim)), keepdims=True).astype(np.float64) for f in (np.min, np.max))
+    step, middle = (high - low) / 65534, (high + low) / 2
+    whole = np.rint((x - middle) / np.where(step > 0, step, 1)).astype(np.int16)
+    return whole, np.stack([step.ravel(), middle.ravel()], 1).tolist()
+
+
+def build(of, kind, path, progress=True):
+    """Write <path>.bin and <path>.json. Killed, and called again, it goes on with the files that are missing.
+
+    Raises ValueError if the disk cannot hold it, before anything is written, and for files that will not do.
+    """
+    part, done = (path.with_name(f'{path.name}.{platform.node()}.{end}') for end in ('part', 'done'))      # of this node
+    lines = [json.loads(line) for line in done.read_text().splitlines() if line.endswith('}')] if done.exists() else []
+    found = {line['number']: line for line in lines} if part.exists() else {}
+    missing, size = [i for i in range(len(of.files)) if i not in found], of.bytes(kind)
+    needed, free = size * len(missing) / len(of.files), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(f'the cache of {of.files[0].parent} needs {needed / 1e9:.1f} GB and {path.parent} has '
+                         f'{free / 1e9:.1f} GB free: --cache int16 halves it, --cache none needs none, --cache-dir '
+                         f'puts it elsewhere')
+    if progress and size > LARGE:
+        say(f'{path.name}: a cache of {size / 1e9:.1f} GB from {len(of.files)} files'
+            + f', {len(found)} of them stored before' * bool(found))
+    try:
+        with open(part, 'ab') as f:
+            f.truncate(size)
+        with open(done, 'a') as log, Progress(len(of.files), f'caching {path.name}', 'file', initial=len(found),
+                                              disable=not progress) as bar:
+            for i, result in stored(of, missing, part, kind, size):
+                found[i] = result
+                log.write(json.dumps({'number': i, **result}) + '\n')
+                log.flush()
+                bar.update()
+        describe(of, kind, [found[i] for i in range(len(of.files))], part, path)
+    except (ValueError, OSError):                                        # what cannot be mended by going on
+        for leftover in part, done:
+            leftover.unlink(missing_ok=True)
+        raise
+    done.unlink()
+
+
+def stored(of, missing, part, kind, size):
+    """(number, what `store` gives) of each missing file as it is done, by several processes if it is worth it."""
+    jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), len(missing), 8)
+    if size < LARGE or jobs < 2:
+        yield from ((i, store(of, i, part, kind)) for i in missing)
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
+        futures = {pool.submit(store, of, i, part, kind): i for i in missing}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def describe(of, kind, found, part, path):
+    """Name the finished file, and write what it holds beside it."""
+    count = np.prod(of.shape, dtype=np.int64) / of.shape[1]
+    mean = sum(np.array(part['total']) for part in found) / count
+    variance = sum(np.array(part['squares']) for part in found) / count - mean**2
+    meta = {'channels': of.channels, 'shape': of.shape, 'grid': of.grid, 'kind': kind, 'mean': mean.tolist(),
+            'std': np.sqrt(np.maximum(variance, 0)).tolist(), 'runs': sum((part['runs'] for part in found), []),
+            'scale': sum((part['scale'] for part in found), [])}
+    check_steps(meta)
+    os.replace(part, path.with_suffix('.bin'))
+    write_text(path.with_suffix('.json'), json.dumps(meta))
+
+
+def check_steps(meta):
+    """Raise ValueError if a step of int16 is more than a hundredth of a channel's std anywhere."""
+    steps = np.reshape(meta['scale'], (-1, len(meta['channels']), 2))[..., 0].max(0, initial=0)         # (C,)
+    for name, step, std in zip(meta['channels'], steps, meta['std']):
+        if step > 0.01 * std:
+            raise ValueError(f'{name} does not fit into int16: its range in a run is {65534 * step / std:.0f} times its '
+                             f'standard deviation: use --cache float32')
+
+
+class Files:
+    """The same, without a cache: fields[run, :, from:to] is read from the files, (C, frames, H, W) float32.
+
+    shape: (runs, C, frames, H, W). Each thread opens its own files. `moments`: mean and std of the channels, estimated
+    from 256 frames all over the runs.
+    """
+
+    def __init__(self, of):
+        self.of, self.shape, self.kept = of, of.shape, threading.local()
+
+    def __getitem__(self, where):
+        run, _, frames = where
+        number = bisect.bisect_right(self.of.first, run) - 1
+        kept = self.kept.__dict__
+        if number not in kept:
+            kept[number] = read_file(self.of.files[number])[:2]          # the open file, and its channels
+        return read_frames(self.of.files[number], kept[number][1], run - self.of.first[number], frames, self.of.cut,
+                           self.shape[3:])
+
+    def moments(self):
+        n = min(256, self.shape[0] * self.shape[2])
+        places = (divmod(i * self.shape[0] * self.shape[2] // n, self.shape[2]) for i in range(n))     # (run, frame)
+        x = np.stack([self[run, :, t:t + 1] for run, t in places], 1, dtype=np.float64)
+        return x.mean((1, 2, 3, 4)), x.std((1, 2, 3, 4))
+
+
+def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', progress=True):
+    """(meta, fields) of a split; the cache is built if it is missing, and those of older contents are removed.
+
+    meta: what the .json says. fields: memory map (runs, C, frames, H, W), or Files if kind is 'none'. Processes of one
+    computer wait for the one that builds; another computer, which may have another disk, builds its own.
+    """
+    if kind == 'none':
+        fields = Files(of := plan(files, crop, resolution))
+        mean, std = fields.moments()
+        runs = [{'scalars': {name: values[i] for name, values in scalars.items()}}
+                for scalars, n in map(scalars_of, files) for i in range(n)]
+        return dict(channels=of.channels, grid=of.grid, mean=mean, std=std, runs=runs, scale=[],
+                    key=content_key(files)), fields
+    key = content_key(files)
+    path = cache_dir / f'{settings}-{key}'
+    if not path.with_suffix('.json').exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = Path(tempfile.gettempdir()) / f'cache-{hashlib.sha256(str(cache_dir.resolve()).encode()).hexdigest()[:16]}'
+        if not lock.exists():
+            lock.touch()
+        with alone_in(lock):                                             # two runs may start at once
+            if not path.with_suffix('.json').exists():                   # nor was it built while this one waited
+                build(plan(files, crop, resolution), kind, path, progress)
+                for old in cache_dir.glob(f'{settings}-{"?" * 12}.*'):   # same settings
+                    if not old.name.startswith(path.name):
+                        old.unlink(missing_ok=True)
+    meta = json.loads(path.with_suffix('.json').read_text())
+    return meta | {'key': key}, np.memmap(path.with_suffix('.bin'), KINDS[kind], 'r', shape=tuple(meta['shape']))
+
+
+def scalars_of(path):
+    """({scalar: values}, number of trajectories) of a file."""
+    f, _, scalars, (n, *_) = read_file(path)
+    f.close()
+    return scalars, n
