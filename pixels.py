@@ -7,7 +7,7 @@ Pixels in place of latents: JEPA's encoder and predictor, but what is predicted 
 
 Encoder and predictor are jepa.py's, and so is the data that JEPA gets with `--views paired`: the pair differs by the
 target, and by what its loss needs (JEPA's z-scores, which keep it from collapsing; here no noise, which would be in
-the target too). A light decoder, thrown away afterwards, turns each predicted embedding into
+the target too, and in `nano` smaller steps, which suit it). A light decoder, thrown away afterwards, turns each predicted embedding into
 the patches of its 16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say how much
 of each scale the prediction misses.
 """
@@ -35,7 +35,7 @@ class Options(EncoderOptions):
 
 
 PRESETS = {'paper': dict(patch=16, noise=0.0),
-           'nano': encoders.NANO | dict(views='paired', residual=True, lr=3e-3),
+           'nano': encoders.NANO | dict(views='paired', residual=True, batch=8, micro_batch=8, steps=9600, lr=1.5e-3),
            ('nano', 'shear_flow'): encoders.NANO_FLUIDS, ('nano', 'rayleigh_benard'): encoders.NANO_FLUIDS}
 
 

@@ -31,7 +31,7 @@ ROWS = {                                                                 # after
     'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false --sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
     'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
-    'pixels-nano': '--model pixels --steps 800',
+    'pixels-nano': '--model pixels --steps 3200',
     'vjepa-nano-random': '--model vjepa --steps 3200 --masks random',
     'vjepa-nano-block': '--model vjepa --steps 3200 --masks block',
     'vjepa-nano-temporal': '--model vjepa --steps 3200 --masks temporal',

@@ -202,7 +202,7 @@ def side_by_side(rows, folder):
     """A Markdown table of the files results/SYSTEM-ROW-seed*.json of all rows and the systems that have them.
 
     Errors are means over a system's parameters; `~` and ± as in `summary`. Effective rank, of the embedding in the last
-    steps, and the minutes of training are means over seeds, a number for each system.
+    steps, is a mean over seeds, minutes of training are the quickest seed's; a number for each system.
     """
     found = of_systems(rows, folder)
     systems = list(found)
@@ -221,7 +221,7 @@ def side_by_side(rows, folder):
             if trained := [of_run for _, _, of_run in seeds if of_run]:
                 seen += [f'{of_run["windows_seen"]:,}' for of_run in trained]
                 ranks.append(mean([of_run.get('last_steps', {}).get('embedding_rank', np.nan) for of_run in trained]))
-                minutes.append(mean([of_run['train_seconds'] / 60 for of_run in trained]))
+                minutes.append(f'{min(of_run["train_seconds"] for of_run in trained) / 60:.1f}')
         cells = [', '.join(dict.fromkeys(seen)), *cells, ' / '.join(ranks), ' / '.join(minutes)]
         row = ' | '.join(['', *(cell or '-' for cell in cells)]) + ' |'
         if not any(line.endswith(row) for line in lines):                # two models' encoders may begin alike

@@ -130,7 +130,7 @@ def test_systems_side_by_side(tmp_path):
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert list(rows) == ['JEPA, vicreg', 'JEPA: random init', 'field statistics', 'pixels']
     assert rows['JEPA, vicreg'][:2] == ['25,600', '0.150 ± 0.071 ~'] and rows['JEPA, vicreg'][4] == '0.300 ± 0.141 ~'
-    assert rows['JEPA, vicreg'][7:] == ['3.5 / 6.5', '1.5 / 3.0 |'] and rows['JEPA: random init'][0] == '-'
+    assert rows['JEPA, vicreg'][7:] == ['3.5 / 6.5', '1.0 / 2.0 |'] and rows['JEPA: random init'][0] == '-'
     assert rows['pixels'][1] == '0.375 ± 0.177 ~'
     (tmp_path / 'shear_flow-pixels-nano-seed0.json').unlink()
     alone = tables.side_by_side(['jepa-nano-vicreg', 'pixels-nano'], tmp_path).splitlines()[5].split(' | ')
