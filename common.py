@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 import typing
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -208,6 +210,22 @@ class Progress(tqdm):
                 self.refresh()                                           # the last line
             self.leave, self.fp = False, io.StringIO()                   # and no empty one after it
         super().close()
+
+
+def prefetch(load, jobs, workers):
+    """load(job) for each job, in order, computed ahead by `workers` threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(load, job))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for p in pending:
+                p.cancel()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (FRAMES, SPLITS, Progress, at_least, data_folder, git_hash, machine, option, parse, peak_memory,
-                    pick_device, script, write_bytes, write_text)
+                    pick_device, prefetch, script, write_bytes, write_text)
 
 import numpy as np
 import torch
@@ -140,18 +140,21 @@ class Run:
         return function
 
     def embed(self, function, batch, description):
-        """{split: (function(x) of all its windows as one float32 CPU tensor (n, N, D), targets)}."""
+        """{split: (function(x) of all its windows as one CPU tensor (n, N, D) of probe.room_for, targets)}."""
+        jobs = [(name, i) for name, windows in self.windows.items() for i in range(0, len(windows), batch)]
+        load = lambda job: self.splits[job[0]].load(self.windows[job[0]][job[1]:job[1] + batch], frames=FRAMES)
         out = {}
-        with Progress(sum(map(len, self.windows.values())), description, 'window') as bar:
-            for name, windows in self.windows.items():
-                parts = []
-                for w in (windows[i:i + batch] for i in range(0, len(windows), batch)):
-                    x = self.splits[name].load(w, frames=FRAMES)
-                    with torch.no_grad():
-                        parts.append(function(x).float().cpu())
-                    bar.update(len(w))
+        with Progress(sum(map(len, self.windows.values())), description, 'window') as bar, torch.no_grad():
+            for (name, i), x in zip(jobs, prefetch(load, jobs, workers=1)):
+                tokens = function(x).float().cpu()
+                if name not in out:
+                    room = probe.room_for(len(self.windows[name]), *tokens.shape[1:], self.path.parent)
+                    out[name] = room, self.targets[name]
+                out[name][0][i:i + len(tokens)] = tokens
+                if not out[name][0][i:i + len(tokens)].isfinite().all():
+                    raise ValueError(f'{self.path}: its tokens are not finite, or too large for float16')
                 self.splits[name].release()
-                out[name] = torch.cat(parts), self.targets[name]
+                bar.update(len(tokens))
         return out
 
 
@@ -204,7 +207,7 @@ def evaluate_run(run, args, device):
         model = run.model(device, trained)
         embedded = run.embed(run.encode(model, noise=noise), args.batch, f'embedding, {title}')
         rows[title], size = probes(embedded, run.module, args, run.probe_seed, device, title, **protocol)
-        kept = kept or embedded
+        kept = kept or (embedded if args.save_embeddings else None)
         if args.finetune:
             with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
                 tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
@@ -348,7 +351,7 @@ def save_embeddings(path, run, tokens):
     buffer = io.BytesIO()
     np.savez(buffer, system=run.c.data, model=run.name, label_names=run.shown,
              log_labels=[name in run.system.log_labels for name in run.labels],
-             embedding=torch.cat([tokens[name][0].mean(1) for name in run.splits]).numpy(),               # (n, D)
+             embedding=torch.cat([probe.mean_tokens(tokens[name][0]).float() for name in run.splits]).numpy(),
              labels=part(lambda name, split: np.stack([split.scalars[k] for k in run.labels], 1)[which(name)]),
              run=part(lambda name, split: which(name)), frame=part(lambda name, split: run.windows[name][:, 1]),
              filename=part(lambda name, split: np.array([r['file'] for r in split.runs])[which(name)]),

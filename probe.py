@@ -8,18 +8,40 @@ What does a frozen embedding know? Three probes read labels from it, from strong
 Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), labels (n, L))}, labels z-scored by the
 training split, fits on train, chooses its one setting on valid (the best epoch, the ridge strength,
 k), and returns its estimates of the labels of the `scored` split, (n, L). The mean squared error of
-predicting the mean is 1.
+predicting the mean is 1. Tokens may be more than memory holds: `room_for` puts them in a file, and
+no probe reads more than PART of them at a time.
 """
 import copy
 import math
+import tempfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
+IN_MEMORY = 2**30           # bytes of a split's tokens, as float32; what is more goes to a file, as float16
+PART = 2**28                # bytes of float32 tokens that are worked on at once
 # The paper's code: steps of 256 windows, a cosine without warmup, the error on valid of every epoch. We take the last.
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
+
+
+def room_for(n, N, D, folder):
+    """An empty tensor (n, N, D): float32 in memory, or float16 in a file that is gone when the tensor is."""
+    if 4 * n * N * D <= IN_MEMORY:
+        return torch.empty(n, N, D)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return torch.from_numpy(np.memmap(file, np.float16, 'w+', shape=(n, N, D)))
+
+
+def parts(tokens):
+    """Consecutive tokens of (n, N, D), as many as PART holds."""
+    return tokens.split(max(1, PART // (4 * tokens.shape[1] * tokens.shape[2])))
+
+
+def mean_tokens(tokens):
+    """(n, N, D) -> (n, D) float64."""
+    return torch.cat([part.mean(1, dtype=torch.float64) for part in parts(tokens)])
 
 
 class AttentiveProbe(nn.Module):
@@ -77,7 +99,8 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay
     AdamW, linear warmup then cosine to zero; after the epoch that was best on valid, or the last if not `keep_best`.
     `tick` is called after every epoch.
     """
-    splits = {name: (x.to(device), y.float().to(device)) for name, (x, y) in splits.items()}
+    small = sum(4 * x.numel() for x, _ in splits.values()) <= 3 * IN_MEMORY
+    splits = {name: (x.to(device) if small else x, y.float().to(device)) for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
     torch.manual_seed(seed)
     probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio, dropout=dropout).to(device)
@@ -89,15 +112,16 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay
 
     def estimates(name):
         with torch.no_grad():
-            return torch.cat([probe.eval()(b) for b in splits[name][0].split(1024)])
+            return torch.cat([probe.eval()(x.to(device).float()) for x in parts(splits[name][0])])
 
     generator = torch.Generator().manual_seed(seed)
     best, best_state = math.inf, None
     for _ in range(epochs):
         probe.train()
-        for index in torch.randperm(len(tokens), generator=generator).to(device).split(batch):
+        for index in torch.randperm(len(tokens), generator=generator).split(batch):
             optimizer.zero_grad()
-            F.mse_loss(probe(tokens[index]), labels[index]).backward()
+            x, y = tokens[index.to(tokens.device)].to(device).float(), labels[index.to(device)]
+            F.mse_loss(probe(x), y).backward()
             optimizer.step()
             schedule.step()
         now = (estimates('valid') - splits['valid'][1]).pow(2).mean().item()
@@ -112,7 +136,7 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay
 
 def standardize(splits):
     """Mean over tokens, then z-scored by train: {name: (features (n, D) float64, labels)}."""
-    features = {name: x.mean(1, dtype=torch.float64) for name, (x, _) in splits.items()}
+    features = {name: mean_tokens(x) for name, (x, _) in splits.items()}
     mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
 

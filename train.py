@@ -18,12 +18,11 @@ import json
 import math
 import os
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from common import FRAMES, RANK, WORLD, Progress, git_hash, peak_memory, say, script, write_tensors, write_text
+from common import (FRAMES, RANK, WORLD, Progress, git_hash, peak_memory, prefetch, say, script, write_tensors,
+                    write_text)
 
 import numpy as np
 import torch
@@ -37,22 +36,6 @@ from data import WINDOW, Split, find_dataset
 
 # ---------------------------------------------------------------------------------------------
 # batches
-
-def prefetch(load, jobs, workers):
-    """load(job) for each job, in order, computed ahead by `workers` threads."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        try:
-            for job in jobs:
-                pending.append(pool.submit(load, job))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for p in pending:
-                p.cancel()
-
 
 def window_order(n, seed, first, count):
     """Positions first..first+count of an endless shuffled pass over n windows, reshuffled every epoch."""

@@ -110,3 +110,22 @@ def test_features_are_of_one_scale():
     assert (mse(splits, probe.knn(splits)) < 0.5).all()
     small = {name: (x * 1e-6, y) for name, (x, y) in splits.items()}
     assert torch.allclose(probe.linear(small), probe.linear(splits), atol=1e-3)
+
+
+def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
+    """Half precision, in a file that leaves no trace; worked on in parts; the probes read the same from them."""
+    torch.manual_seed(0)
+    kept = {name: (torch.randn(n, 5, 8), torch.randn(n, 2)) for name, n in (('train', 40), ('valid', 20), ('test', 20))}
+    kept = {name: (x, x.mean(1)[:, :2] * 3 + 0.1 * y) for name, (x, y) in kept.items()}
+    whole = [probe.attentive(kept, epochs=5)[0], probe.linear(kept), probe.knn(kept)]
+    assert probe.room_for(3, 5, 8, tmp_path).dtype == torch.float32
+    monkeypatch.setattr(probe, 'IN_MEMORY', 1)
+    monkeypatch.setattr(probe, 'PART', 4 * 5 * 8 * 3)
+    stored = {}
+    for name, (x, y) in kept.items():
+        stored[name] = probe.room_for(*x.shape, tmp_path), y
+        stored[name][0][:] = x
+    assert stored['train'][0].dtype == torch.float16 and not any(tmp_path.iterdir())
+    assert [len(part) for part in probe.parts(stored['valid'][0])] == [3] * 6 + [2]
+    for a, b in zip(whole, [probe.attentive(stored, epochs=5)[0], probe.linear(stored), probe.knn(stored)]):
+        assert torch.allclose(a, b.to(a), atol=0.01) and not torch.equal(a, b.to(a))
