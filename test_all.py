@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,26 @@ train.main()
         assert (tmp_path / disk / 'steps').read_text() == '0 1 2 3 4 3 4 5 6 7 ', disk
     run(torchrun, *flags[:-1], 'never_killed', cwd=tmp_path)
     assert losses(tmp_path / 'disk0/out') == losses(tmp_path / 'disk0/never_killed')
+
+
+def test_two_nodes_with_caches_of_their_own_equal_one_process(well, tmp_path):
+    """Two torchrun agents, each with its folder: both build the cache, neither waits for the other's lock."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    flags = [*TINY, '--data-dir', well, '--dtype', 'float64', '--noise', 0, '--crop', 0, '--steps', 10]
+    agents = []
+    for node in 0, 1:
+        torchrun = ['-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={node}', '--nproc_per_node=1',
+                    '--master_addr=127.0.0.1', f'--master_port={port}', HERE / 'train.py']
+        (tmp_path / f'node{node}').mkdir()
+        agents.append(subprocess.Popen(**command(torchrun, *flags, '--cache-dir', 'cache', '--out', 'out'),
+                                       cwd=tmp_path / f'node{node}', stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said = [agent.communicate(timeout=300)[0].decode() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    run('train.py', *flags, '--out', 'one', cwd=tmp_path)
+    assert np.allclose(losses(tmp_path / 'node0/out'), losses(tmp_path / 'one'), rtol=1e-5, atol=0)
+    assert [sorted(p.suffix for p in (tmp_path / f'node{n}/cache').iterdir()) for n in (0, 1)] == [['.bin', '.json']] * 2
 
 
 @pytest.mark.parametrize('model', RIVALS)

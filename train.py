@@ -96,13 +96,16 @@ def start_ranks(c):
 
 
 def open_data(c):
-    """(folder, Split) of the training data; the first rank simulates or caches what is missing, the others wait."""
+    """(folder, Split) of the training data.
+
+    What is missing is simulated by the first rank, while the others wait, and cached by one rank of each node.
+    """
     if RANK > 0:
         dist.barrier()
     root, system, _ = find_dataset(c.data, c.data_dir, build=RANK == 0, seed=c.seed)
-    data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
+    data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
     if not data.varying():
         raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
     return root, data
