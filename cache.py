@@ -12,6 +12,7 @@ cache, windows are read from the HDF5 files.
 import bisect
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -100,22 +101,26 @@ def content_key(files):
     return h.hexdigest()[:12]
 
 
-def read_frames(file, channels, trajectory, frames, cut, size):
-    """Fields (C, frames, H, W) float32 of an open file: `channels` as read_file gives them, frames a slice.
+def read_fields(file, channels, trajectory, frames, cut, size):
+    """Fields of an open file, one after the other, each with its components: (K, frames, H, W) float32.
 
-    Each tensor is read at once, with all its components. Raises ValueError for what cannot be read.
+    channels: as read_file gives them; frames: a slice. Raises ValueError for what cannot be read.
     """
-    parts = []
     for d in dict.fromkeys(d for d, _ in channels.values()):
-        try:
-            x = d[(trajectory, frames, *cut)]                            # (frames, h, w, ...components)
-        except OSError as e:
-            raise ValueError(f'{file}: {d.name[1:]} cannot be read ({e})') from None
-        x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), -1, 0), np.float32))
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
-        parts.append(x)
-    return torch.cat(parts).numpy()
+        first, last, _ = frames.indices(d.shape[1])
+        out = np.empty((int(np.prod(d.shape[4:])), last - first, *size), np.float32)
+        for t in range(first, last, FRAMES):                             # so many at a time, all their components
+            block = slice(t, min(t + FRAMES, last))
+            try:
+                x = d[(trajectory, block, *cut)]                         # (frames, h, w, ...components)
+            except OSError as e:
+                raise ValueError(f'{file}: {d.name[1:]} cannot be read ({e})') from None
+            x = np.moveaxis(x.reshape(*x.shape[:3], -1), -1, 0)          # (K, frames, h, w)
+            if x.shape[2:] != size:
+                x = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+                x = F.interpolate(x, size=size, mode='bilinear', align_corners=False).numpy()
+            out[:, t - first:block.stop - first] = x
+        yield out
 
 
 def store(of, number, part, kind):
@@ -125,33 +130,33 @@ def store(of, number, part, kind):
     """
     file, size = of.files[number], of.shape[3:]
     f, channels, scalars, (runs, *_) = read_file(file)
-    found = {'runs': [], 'total': np.zeros(of.shape[1]), 'squares': np.zeros(of.shape[1]), 'scale': []}
+    found = {'runs': [], 'scale': []}
+    moments = np.zeros((of.shape[1], 2))                                 # sums of values and squares
     with f, open(part, 'r+b') as out:
         out.seek(of.first[number] * (of.bytes(kind) // of.shape[0]))
         for trajectory in range(runs):
-            x = read_frames(file, channels, trajectory, slice(None), of.cut, size)         # (C, T, H, W)
-            for name, values in zip(channels, x):
-                if not np.isfinite(values).all():
+            fields, scale = read_fields(file, channels, trajectory, slice(None), of.cut, size), []
+            for c, (name, x) in enumerate(zip(channels, itertools.chain.from_iterable(fields))):       # (T, H, W)
+                if not all(np.isfinite(frame).all() for frame in x):
                     raise ValueError(f'{file}: {name} of trajectory {trajectory} has NaN or infinite values')
-            found['total'] += x.sum((1, 2, 3), dtype=np.float64)
-            found['squares'] += np.square(x, dtype=np.float64).sum((1, 2, 3))
-            if kind == 'int16':
-                x, scale = quantise(x)
-                found['scale'].append(scale)
-            out.write(x.tobytes())
+                moments[c] += x.sum(dtype=np.float64), sum(np.square(frame, dtype=np.float64).sum() for frame in x)
+                if kind == 'int16':
+                    x, step_and_middle = quantise(x)
+                    scale.append(step_and_middle)
+                out.write(x.tobytes())
+            found['scale'] += [scale] if scale else []
             found['runs'].append({'file': file.name, 'trajectory': trajectory,
                                   'scalars': {name: values[trajectory] for name, values in scalars.items()}})
         out.flush()
         os.fsync(out.fileno())
-    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+    return {**found, 'moments': moments.tolist()}
 
 
 def quantise(x):
-    """Fields (C, ...) float32 -> (int16, [[step, middle] of each channel]): x is int16 * step + middle, +- step / 2."""
-    low, high = (f(x, tuple(range(1, x.ndim)), keepdims=True).astype(np.float64) for f in (np.min, np.max))
+    """A channel (T, H, W) float32 -> (int16, [step, middle]): x is int16 * step + middle, within half a step."""
+    low, high = float(x.min()), float(x.max())
     step, middle = (high - low) / 65534, (high + low) / 2
-    whole = np.rint((x - middle) / np.where(step > 0, step, 1)).astype(np.int16)
-    return whole, np.stack([step.ravel(), middle.ravel()], 1).tolist()
+    return np.rint((x - middle) / (step or 1)).astype(np.int16), [step, middle]
 
 
 def build(of, kind, path, progress=True):
@@ -206,11 +211,9 @@ def stored(of, missing, part, kind, size):
 
 def describe(of, kind, found, part, path):
     """Name the finished file, and write what it holds beside it."""
-    count = np.prod(of.shape, dtype=np.int64) / of.shape[1]
-    mean = sum(np.array(part['total']) for part in found) / count
-    variance = sum(np.array(part['squares']) for part in found) / count - mean**2
+    mean, squares = sum(np.array(part['moments']) for part in found).T / (np.prod(of.shape) / of.shape[1])
     meta = {'channels': of.channels, 'shape': of.shape, 'grid': of.grid, 'kind': kind, 'mean': mean.tolist(),
-            'std': np.sqrt(np.maximum(variance, 0)).tolist(), 'runs': sum((part['runs'] for part in found), []),
+            'std': np.sqrt(np.maximum(squares - mean**2, 0)).tolist(), 'runs': sum((part['runs'] for part in found), []),
             'scale': sum((part['scale'] for part in found), [])}
     check_steps(meta)
     os.replace(part, path.with_suffix('.bin'))
@@ -242,8 +245,8 @@ class Files:
         kept = self.kept.__dict__
         if number not in kept:
             kept[number] = read_file(self.of.files[number])[:2]          # the open file, and its channels
-        return read_frames(self.of.files[number], kept[number][1], run - self.of.first[number], frames, self.of.cut,
-                           self.shape[3:])
+        return np.concatenate([*read_fields(self.of.files[number], kept[number][1], run - self.of.first[number], frames,
+                                            self.of.cut, self.shape[3:])])
 
     def moments(self):
         n = min(256, self.shape[0] * self.shape[2])

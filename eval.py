@@ -39,6 +39,7 @@ from finetune import epochs_of, finetune
 from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
+LOADED = 2**26             # bytes of windows that are embedded at once
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
@@ -141,6 +142,8 @@ class Run:
 
     def embed(self, function, batch, description):
         """{split: (function(x) of all its windows as one CPU tensor (n, N, D) of probe.room_for, targets)}."""
+        _, C, _, H, W = self.splits['train'].fields.shape
+        batch = max(1, min(batch, LOADED // (4 * C * FRAMES * H * W)))
         jobs = [(name, i) for name, windows in self.windows.items() for i in range(0, len(windows), batch)]
         load = lambda job: self.splits[job[0]].load(self.windows[job[0]][job[1]:job[1] + batch], frames=FRAMES)
         out = {}
