@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train
+from model import embedding_health
 import videomae
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
 from videomae import VideoMAE
@@ -200,7 +200,7 @@ def test_encoder_sees_visible_patches_only():
     assert embedding(0, False).shape == (4, 24, 2, 4) and not model.embedding.requires_grad
     assert torch.equal(embedding(9, False), embedding(0, False))
     assert (embedding(9, True) - embedding(0, True)).abs().amax((1, 2, 3)).min() > 1e-3
-    health = train.embedding_health(model.embedding)
+    health = embedding_health(model.embedding)
     assert 0 < health['embedding_std'] < 10 and 1 < health['embedding_rank'] <= 24
 
 
