@@ -22,7 +22,7 @@ def test_targets_with_rows_missing():
     assert all(1.6 < bar.get_y() for bar in shear.patches)
     strokes = [line.get_xdata()[0] for line in active.lines if line.get_color() == '#c0392b']
     assert strokes == pytest.approx([0.5] * 3)
-    lines = {line.get_label(): line for line in last.lines if 'm' in line.get_label()}
+    lines = {line.get_label(): line for line in last.lines if ',' in line.get_label()}
     assert {'pixels, active matter', 'VideoMAE, active matter', 'VideoMAE, shear flow'} <= lines.keys()
     assert lines['VideoMAE, active matter'].get_color() == lines['VideoMAE, shear flow'].get_color()
     assert lines['pixels, active matter'].get_color() != lines['VideoMAE, active matter'].get_color()
