@@ -115,3 +115,15 @@ def test_an_experiment_is_one_word(ran):
     for name in reproduce.EXPERIMENT:
         c = config.parse(reproduce.commands(name, 0)[1][1:], '')[0]
         assert c.batch * c.steps == 25600 and c.preset == 'nano', name
+
+
+@pytest.mark.parametrize('file', sorted((HERE / 'results').glob('*-seed*.json')), ids=lambda file: file.stem)
+def test_a_result_is_of_what_its_row_says(file):
+    """What train.py is told now is what it was told then; a setting may be younger than the result."""
+    name, _, seed = file.stem.rpartition('-seed')
+    c, _, options = config.parse(reproduce.commands(name, int(seed))[1][1:], '')
+    there = json.loads(file.read_text())['run']['settings']
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in (vars(c) | vars(options)).items()}
+    own = {'out', 'data_dir', 'cache_dir', 'device', 'save_every'}
+    assert {k: v for k, v in now.items() if k in there.keys() - own} == {
+        k: v for k, v in there.items() if k in now.keys() - own}
