@@ -201,8 +201,8 @@ def with_products(splits):
 # the table
 
 def evaluate_run(run, args, device):
-    """(rows of one run, {title: {probe: estimates}}; numbers of parameters; tokens of the trained encoder)."""
-    rows, kept, noise, protocol = {}, None, None, {}
+    """(rows of one run, {title: {probe: estimates}}; what eval.json says of the encoder; its tokens)."""
+    rows, about, kept, noise, protocol = {}, {}, None, None, {}
     if args.probe == 'paper':                                            # some models have settings of their own there
         protocol = probe.PAPER | getattr(run.module, 'PAPER_PROBE', {}).get(run.c.data, {})
         noise = protocol.pop('noise', None)
@@ -210,7 +210,11 @@ def evaluate_run(run, args, device):
         model = run.model(device, trained)
         embedded = run.embed(run.encode(model, noise=noise), args.batch, f'embedding, {title}')
         rows[title], size = probes(embedded, run.module, args, run.probe_seed, device, title, **protocol)
-        kept = kept or (embedded if args.save_embeddings else None)
+        if trained:
+            kept, means = embedded if args.save_embeddings else None, probe.mean_tokens(embedded['train'][0])
+            rank = models.embedding_health(means)['embedding_rank'] if len(means) > 1 else 1.0
+            about = {'rank': {'effective': rank, 'of': means.shape[1]}}
+        del embedded                                                     # it may be a large file
         if args.finetune:
             with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
                 tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
@@ -218,7 +222,8 @@ def evaluate_run(run, args, device):
             rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
     network = models.unwrapped(model.network)
     encoder = getattr(network, 'encoder', network)
-    return rows, {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}, kept
+    parameters = {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}
+    return rows, {'parameters': parameters, **about}, kept
 
 
 def tuned_name(args):
@@ -242,16 +247,16 @@ def evaluate(paths, args):
         print(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, {run.state["samples"]:,} '
               f'windows seen; seeds: {", ".join(f"{k} {v}" for k, v in run.seeds.items())}\n  probed on {counts} '
               f'windows, {run.stride} frames apart: {run.field()}', flush=True)
-        rows, parameters, tokens = evaluate_run(run, args, device)
-        print(f'  {parameters["encoder"]:,} parameters in the encoder, {parameters["attentive probe"]:,} in its '
-              f'attentive probe')
+        rows, about, tokens = evaluate_run(run, args, device)
+        print(f'  {about["parameters"]["encoder"]:,} parameters in the encoder, '
+              f'{about["parameters"]["attentive probe"]:,} in its attentive probe')
         seen = run.c.resolution, run.c.whole
         if seen not in statistics:
             statistics[seen] = field_statistics(run, args)
         if statistics[seen]:
             rows['field statistics'] = statistics[seen]
         rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
-        results.append(result_of(run, args, rows, parameters, time.perf_counter() - started))
+        results.append(result_of(run, args, rows, about, time.perf_counter() - started))
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
             save_embeddings(Path(args.save_embeddings), run, tokens)
@@ -260,14 +265,14 @@ def evaluate(paths, args):
           f'are in ' + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
 
 
-def result_of(run, args, rows, parameters, seconds):
+def result_of(run, args, rows, about, seconds):
     """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
     scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
     if paper is not None and not run.c.supervised and not read_recipe(run.root):       # nothing of what we simulate
         scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
     return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
-            'by_run': by_run, 'seconds': seconds, 'parameters': parameters, 'field': run.field(), 'stride': run.stride,
+            'by_run': by_run, 'seconds': seconds, **about, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
             'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             'evaluated_by': run.git, 'machine': machine(pick_device(args.device)),

@@ -162,6 +162,20 @@ def tokens_of(network, x):
     return z if z.ndim == 3 else z.flatten(2).transpose(1, 2) if z.ndim > 3 else z[:, None]
 
 
+def embedding_health(z):
+    """Mean std of the channels and effective rank of embeddings (B, D, ...): a collapse shows in either.
+
+    The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007).
+    """
+    z = z.movedim(1, -1).reshape(-1, z.shape[1]).float().cpu()           # (rows, D)
+    if len(z) < 2:
+        return {'embedding_std': 0.0, 'embedding_rank': 1.0}
+    p = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
+    p = p / p.sum().clamp(min=1e-12)
+    rank = torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
+    return {'embedding_std': z.std(0).mean().item(), 'embedding_rank': rank}
+
+
 def check_model(model):
     """The width of a Model's tokens. Raises ValueError unless they can be probed, at the size it is trained on."""
     x = torch.zeros(1, len(model.inputs.channels), FRAMES, *model.inputs.size)

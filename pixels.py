@@ -7,9 +7,9 @@ Pixels in place of latents: JEPA's encoder and predictor, but what is predicted 
 
 Encoder and predictor are jepa.py's, and so is the data that JEPA gets with `--views paired`: the pair differs by the
 target, and by what its loss needs (JEPA's z-scores, which keep it from collapsing; here no noise, which would be in
-the target too, and in `nano` smaller steps, which suit it). A light decoder, thrown away afterwards, turns each predicted embedding into
-the patches of its 16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say how much
-of each scale the prediction misses.
+the target too). A light decoder, thrown away afterwards, turns each predicted embedding into the patches of its
+16 x 16 pixels. As in videomae.py, whose patches these are, `low`, `mid` and `high` say how much of each scale the
+prediction misses.
 """
 from dataclasses import dataclass
 
@@ -20,11 +20,10 @@ import encoders
 from common import at_least, option
 from encoders import EncoderOptions, build_encoder, check_encoder
 from jepa import Predictor
-from videomae import missed, normalized_pixels, patchify, unpatchify
+from videomae import TERMS, missed, normalized_pixels, patchify  # noqa: F401 (TERMS: what the log's are in pictures)
 
 TITLE = 'pixels'
 ANY_SIZE = PAIRED = True
-TERMS = {'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}      # what the log's terms are in pictures
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Options(EncoderOptions):
 
 
 PRESETS = {'paper': dict(patch=16, noise=0.0),
-           'nano': encoders.NANO | dict(views='paired', residual=True, batch=8, micro_batch=8, steps=9600, lr=1.5e-3),
+           'nano': encoders.NANO | dict(views='paired', residual=True, lr=3e-3),
            ('nano', 'shear_flow'): encoders.NANO_FLUIDS, ('nano', 'rayleigh_benard'): encoders.NANO_FLUIDS}
 
 
@@ -94,5 +93,4 @@ class Pixels(nn.Module):
     def forward(self, context, target, generator=None):
         x = normalized_pixels(patchify(target, 2, self.patch))           # (B, N, pixels * C)
         error = self.predict(context) - x                                # at least float32
-        in_place = (unpatchify(values.detach(), target.shape, 2, self.patch) for values in (error, x))
-        return {'loss': error.square().mean(), **missed(*in_place)}
+        return {'loss': error.square().mean(), **missed(error, x, self.patch, target.shape[1])}

@@ -29,8 +29,7 @@ import model as models
 import systems
 from data import find_dataset
 from eval import checkpoints
-from reproduce import LATENTS_OR_PIXELS
-from tables import HERE, PUBLISHED, SHARED, merge_rows, of_systems
+from tables import HERE, PUBLISHED, SHARED, merge_rows, of_experiment
 from well import read_file
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
@@ -46,7 +45,7 @@ class Settings:
     out: str = option('figures', 'folder for the pictures', 'what')
     banner: str = option('', 'write only this picture, examples and error table', 'what')
     embeddings: str = option('', 'npz file of eval.py --save-embeddings: draw only that', 'what')
-    targets: str = option('', 'write only this picture, of the experiment in results/ that asks what is to be predicted', 'what')
+    targets: str = option('', 'write only this picture: what encoders were trained to predict, from results/', 'what')
 
 
 def read_example(path, picture):
@@ -175,40 +174,41 @@ def embeddings(figure, kept, system):
 
 
 def targets(figure, found):
-    """Errors of what an encoder was trained to predict, a panel for each system, and what was missed at each scale.
+    """Errors by what an encoder was trained to predict, a panel for each system, and what was missed at each scale.
 
-    found: {system: {title: [(errors, errors by run, of the run) of each seed]}}, of tables.collect. A dot is a seed, a
-    bar their mean; the two encoders before training are lines.
+    found: {system: {title: [(errors, errors by run, of the run) of each seed]}}, of tables.of_experiment. A dot is a
+    seed, a bar their mean, a red stroke the same encoder before training.
     """
-    axes = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.1])
+    *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.1])
     titles = [t for t in dict.fromkeys(t for rows in found.values() for t in rows)
               if t not in SHARED and not t.endswith('random init')]
-    values = lambda rows, title, p: [e[p]['mean'] for e, _, _ in rows.get(title, [])]
-    for ax, (system, rows) in zip(axes, found.items()):
-        for i, title in enumerate(titles):
-            for j, p in enumerate(PROBES):
-                seeds, y = values(rows, title, p), i + 0.25 * (j - 1)
-                if seeds:
-                    ax.barh(y, np.mean(seeds), 0.22, color=PROBES[p], label=p if i == 0 else None)
-                    ax.plot(seeds, [y] * len(seeds), '.', ms=4, color='#222222')
-                random = values(rows, title.partition(',')[0] + ': random init', p)
-                if random:
-                    ax.plot([np.mean(random)] * 2, [y - 0.12, y + 0.12], color='#c0392b', lw=1.5,
-                            label='before training' if i == j == 0 else None)
-        ax.set(title=system.replace('_', ' '), yticks=range(len(titles)), yticklabels=titles if ax is axes[0] else [],
-               ylim=(len(titles) - 0.4, -0.6), xlabel='error on test (MSE, z-scored)')
+    errors = lambda rows, title, p: [e[p]['mean'] for e, _, _ in rows.get(title, [])]
+    for ax, (system, rows) in zip(panels, found.items()):
+        for (i, title), (j, p) in itertools.product(enumerate(titles), enumerate(PROBES)):
+            y, seeds = i + 0.25 * (j - 1), errors(rows, title, p)
+            if seeds:
+                ax.barh(y, np.mean(seeds), 0.22, color=PROBES[p])
+                ax.plot(seeds, [y] * len(seeds), '.', ms=4, color='#222222')
+                if before := errors(rows, title.partition(',')[0] + ': random init', p):
+                    ax.plot([np.mean(before)] * 2, [y - 0.12, y + 0.12], color='#c0392b', lw=1.5)
+        ax.set(title=system.replace('_', ' '), yticks=range(len(titles)), ylim=(len(titles) - 0.4, -0.6),
+               yticklabels=titles if ax is panels[0] else [], xlabel='error on test (MSE, z-scored)')
         ax.grid(axis='x')
         ax.grid(False, axis='y')
-    bands = 'low', 'mid', 'high'
-    drawn = [(f'{title}, {system.replace("_", " ")}', missed) for system, rows in found.items() for title in rows
-             if (missed := [[run['last_steps'][b] for b in bands] for _, _, run in rows[title]
-                            if 'low' in run.get('last_steps', {})])]
-    for (name, missed), style in zip(drawn, itertools.product(('-', '--'), (PROBES['attentive'], PROBES['linear']))):
-        axes[-1].plot(bands, np.mean(missed, 0), style[0] + 'o', color=style[1], ms=4, label=name)
-    axes[-1].axhline(1, color='#444444', lw=0.8, ls='--')
-    axes[-1].set(title='Share of the target missed', xlabel='spatial wavenumber', ylim=(0, None))
-    axes[-1].legend(fontsize=7)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    bands, colors = ('low', 'mid', 'high'), dict(zip(titles, itertools.cycle(PROBES.values())))
+    for (system, rows), style in zip(found.items(), itertools.cycle(('-o', '--s', ':^'))):
+        for title in titles:
+            ends = [run['last_steps'] for _, _, run in rows.get(title, []) if 'low' in run.get('last_steps', {})]
+            if ends:
+                last.plot(bands, [np.mean([end[b] for end in ends]) for b in bands], style, ms=4, color=colors[title],
+                          label=f'{title}, {system.replace("_", " ")}')
+    last.axhline(1, color='#444444', lw=0.8, ls='--')
+    last.set(title='Missed of the target', xlabel='spatial scale', ylim=(0, None), xticks=range(3),
+             xticklabels=['> 8 px', '4 to 8', '< 4 px'])
+    last.legend(fontsize=7)
+    keys = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PROBES.values()]
+    figure.legend([*keys, plt.Line2D([], [], color='#c0392b')], [*PROBES, 'before training'],
+                  loc='outside lower center', ncols=4)
 
 
 def save(figure, path):
@@ -290,7 +290,7 @@ def main(argv=None):
     if missing := [str(p) for p in paths if not p.exists()]:
         raise ValueError(f'no run at {", ".join(missing)}')
     if args.targets:
-        if not (found := of_systems(LATENTS_OR_PIXELS, HERE / 'results')):
+        if not (found := of_experiment(HERE / 'results')):
             raise ValueError('results/ has none of the experiment: python reproduce.py latents-or-pixels')
         targets(figure := canvas(12, 5), found)
         Path(args.targets).parent.mkdir(parents=True, exist_ok=True)

@@ -26,22 +26,23 @@ HERE = Path(__file__).resolve().parent
 ROWS = {                                                                 # after SYSTEM-: what train.py is told
     'jepa-nano': '--model jepa',
     'jepa-nano-supervised': '--model jepa --supervised',
-    # latents or pixels, all else equal: a third of nano's steps
+    # latents or pixels: a third of nano's windows, 25,600
     'jepa-nano-vicreg': '--model jepa --steps 800',
+    'jepa-nano-paired': '--model jepa --steps 800 --views paired',
     'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false --sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
     'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
-    'pixels-nano': '--model pixels --steps 3200',
-    'vjepa-nano-random': '--model vjepa --steps 3200 --masks random',
+    'pixels-nano': '--model pixels --steps 800',
+    'jepa-nano-short-supervised': '--model jepa --steps 800 --supervised',
     'vjepa-nano-block': '--model vjepa --steps 3200 --masks block',
+    'vjepa-nano-random': '--model vjepa --steps 3200 --masks random',
     'vjepa-nano-temporal': '--model vjepa --steps 3200 --masks temporal',
     'videomae-nano': '--model videomae --steps 800',
     'vjepa-nano-supervised': '--model vjepa --steps 3200 --supervised',
 }
-LATENTS_OR_PIXELS = [row for row in ROWS if row != 'jepa-nano']
-OF_SYSTEM = {'active_matter': ROWS, 'shear_flow': ['jepa-nano', *LATENTS_OR_PIXELS]}
-ALL = [f'{system}-{row}' for system in system_names()
-       for row in OF_SYSTEM.get(system, ['jepa-nano', 'jepa-nano-supervised'])]
+MAIN, LATENTS_OR_PIXELS = list(ROWS)[:2], list(ROWS)[2:]
+EXPERIMENT = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in LATENTS_OR_PIXELS]
+ALL = [f'{system}-{row}' for system in system_names() for row in MAIN] + EXPERIMENT
 
 
 @dataclass
@@ -89,9 +90,8 @@ def make(name, seed):
 def main(argv=None):
     settings, names = parse(__doc__ + '\nrows: ' + ', '.join(ALL), Settings, argv,
                             names=dict(nargs='*', help='of rows (default: all)'))
-    if names == ['latents-or-pixels']:
-        names = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in LATENTS_OR_PIXELS]
-    runs = [(name, seed) for name in names or ALL for seed in settings.seeds]
+    names = [row for name in names for row in (EXPERIMENT if name == 'latents-or-pixels' else [name])] or ALL
+    runs = [(name, seed) for name in names for seed in settings.seeds]
     for run in runs:                                                     # all are rows, before the first takes hours
         commands(*run)
     for run in runs:

@@ -7,7 +7,7 @@ Tables of errors: of one evaluation, the paper's table 1, and, over seeds, those
 Such a table stands between `<!-- results: NAME NAME -->` and `<!-- /results -->`; NAME stands for the files
 results/NAME-seed*.json, copies of the eval.json of runs that differ in their seeds, and NAME-seed0 for one of them.
 `parameters` among the names gives a column to each parameter. `latents-or-pixels` alone stands for the rows of that
-experiment (reproduce.py), all systems side by side, with what training ended at and took.
+experiment (reproduce.py), its systems side by side.
 """
 import json
 import re
@@ -19,7 +19,7 @@ from common import option, parse, script, write_text
 
 import numpy as np
 
-from reproduce import LATENTS_OR_PIXELS
+from reproduce import EXPERIMENT
 
 PROBES = 'attentive', 'linear', 'knn'
 PUBLISHED = ', the paper (valid)'                                        # ends the name of a published row
@@ -122,7 +122,10 @@ def print_table_one(cells, models, systems, seen, split):
 # over seeds
 
 def collect(names, folder):
-    """({title: [(errors, errors by run, of the run: eval.json's; {} if not of this row) of each seed]}, an eval.json)."""
+    """({title: [(errors, errors by run, of the run) of each seed]}, an eval.json) of the files of all names.
+
+    Of the run: what eval.json says of it, and the rank; {} for rows that are not of the trained encoder.
+    """
     rows, first = defaultdict(dict), None                                # by title, then by seeds
     for name in names:
         files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
@@ -134,10 +137,11 @@ def collect(names, folder):
             first, same = first or r, same or r
             check_alike(r, first, same, file)
             start = r['run']['settings'].get('init')
-            own_name = r['row'].endswith(variant)                        # as of one trained with labels
+            own_name = r['row'].endswith(variant.rpartition('-')[2])     # as of one trained with labels
             title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
             for row in (row for row in r['by_run'] if row != 'predict the mean'):
-                found = r['rows'][row], r['by_run'][row], r['run'] if row == r['row'] else {}
+                of_run = r['run'] | {k: r[k] for k in ['rank'] if k in r} if row == r['row'] else {}
+                found = r['rows'][row], r['by_run'][row], of_run
                 seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
                 if row in SHARED:                                        # once for each dataset, whatever the model
                     rows[row].setdefault(r['seeds']['data'], found)
@@ -174,58 +178,55 @@ def summary(names, folder):
         cells = []
         for p in PROBES:
             for c in columns:
-                values = [by_probe[p][c] for by_probe, _, _ in found if p in by_probe]
-                random = [e[p][c] for e, _, _ in rows.get(title.partition(',')[0] + ': random init', [])]
-                cell = mean_and_spread(values) + ' ~' * no_better(values, random) if values else '-'
-                if values and c == 'mean':
-                    cell += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
-                cells.append(cell)
+                cells.append(cell(found, rows.get(title.partition(',')[0] + ': random init', []), p, c))
+                if cells[-1] != '-' and c == 'mean':
+                    cells[-1] += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
         windows = sorted({of_run['windows_seen'] for _, _, of_run in found if of_run})
         seen = ' to '.join(f'{w:,}' for w in dict.fromkeys((windows[0], windows[-1]))) if windows else '-'
         lines.append(f'| {title} | {len(found)} | {seen} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
-def mean_and_spread(values):
-    """As a table has it, of the values over seeds."""
-    return f'{np.mean(values):.3f}' + (f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else '')
+def cell(seeds, random, p, column):
+    """Mean and spread over seeds of a column's errors under a probe, and `~`, if they are no better than random's."""
+    values, floor = ([e[p][column] for e, _, _ in found if p in e] for found in (seeds, random))
+    if not values:
+        return '-'
+    spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.3f}{spread}' + ' ~' * no_better(values, floor)
 
 
-def of_systems(rows, folder):
-    """{system: the first that `collect` gives, of those of the rows that have files results/SYSTEM-ROW-seed*.json}."""
-    names = {(file.name.partition('-')[0], row) for row in rows for file in folder.glob(f'*-{row}-seed0.json')}
-    return {s: collect([f'{s}-{row}' for row in rows if (s, row) in names], folder)[0]
-            for s in sorted({s for s, _ in names})}
+def of_experiment(folder):
+    """{system: what `collect` gives first}, of the rows of "latents or pixels" of which there are results."""
+    there = {re.sub('-seed[0-9]+$', '', file.stem) for file in folder.glob('*-seed*.json')}
+    names = defaultdict(list)
+    for name in EXPERIMENT:
+        if name in there:
+            names[name.partition('-')[0]].append(name)
+    return {system: collect(own, folder)[0] for system, own in names.items()}
 
 
-def side_by_side(rows, folder):
-    """A Markdown table of the files results/SYSTEM-ROW-seed*.json of all rows and the systems that have them.
+def side_by_side(folder):
+    """A Markdown table of that experiment: errors are means over a system's parameters, `~` and ± as in `summary`.
 
-    Errors are means over a system's parameters; `~` and ± as in `summary`. Effective rank, of the embedding in the last
-    steps, is a mean over seeds, minutes of training are the quickest seed's; a number for each system.
+    Effective rank: of the mean tokens of all training windows, and of how many channels, a number for each system.
     """
-    found = of_systems(rows, folder)
-    systems = list(found)
-    head = ['', 'windows seen', *(f'{s}: {p}' for s in systems for p in PROBES), 'effective rank', 'minutes']
+    found = of_experiment(folder)
+    head = ['', *(f'{s}: {p}' for s in found for p in PROBES), 'effective rank']
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
-    mean = lambda values: f'{np.mean(values):.1f}'
-    for title in dict.fromkeys(title for s in systems for title in found[s]):
-        cells, seen, ranks, minutes = [], [], [], []
-        for s in systems:
-            seeds = found[s].get(title, [])
-            random = [e for e, _, _ in found[s].get(title.partition(',')[0] + ': random init', [])]
-            for p in PROBES:
-                values = [e[p]['mean'] for e, _, _ in seeds if p in e]
-                worse = no_better(values, [e[p]['mean'] for e in random if p in e])
-                cells.append(mean_and_spread(values) + ' ~' * worse if values else '-')
-            if trained := [of_run for _, _, of_run in seeds if of_run]:
-                seen += [f'{of_run["windows_seen"]:,}' for of_run in trained]
-                ranks.append(mean([of_run.get('last_steps', {}).get('embedding_rank', np.nan) for of_run in trained]))
-                minutes.append(f'{min(of_run["train_seconds"] for of_run in trained) / 60:.1f}')
-        cells = [', '.join(dict.fromkeys(seen)), *cells, ' / '.join(ranks), ' / '.join(minutes)]
-        row = ' | '.join(['', *(cell or '-' for cell in cells)]) + ' |'
-        if not any(line.endswith(row) for line in lines):                # two models' encoders may begin alike
-            lines.append('| ' + title + row)
+    shown = []
+    for title in dict.fromkeys(title for rows in found.values() for title in rows):
+        errors = [[e for e, _, _ in rows.get(title, [])] for rows in found.values()]
+        if errors in shown:                                              # two models' encoders may begin alike
+            continue
+        shown.append(errors)
+        cells, ranks = [], []
+        for rows in found.values():
+            seeds, random = (rows.get(t, []) for t in (title, title.partition(',')[0] + ': random init'))
+            cells += [cell(seeds, random, p, 'mean') for p in PROBES]
+            own = [r['rank'] for _, _, r in seeds if 'rank' in r]
+            ranks.append(f'{np.mean([r["effective"] for r in own]):.1f} of {own[0]["of"]}' if own else '-')
+        lines.append('| ' + ' | '.join([title, *cells, ' / '.join(ranks)]) + ' |')
     return '\n'.join(lines)
 
 
@@ -258,7 +259,7 @@ def with_tables(text, folder):
     """A Markdown text with every table between its markers made anew."""
     def table(match):
         names = match[2].split()
-        made = side_by_side(LATENTS_OR_PIXELS, folder) if names == ['latents-or-pixels'] else summary(names, folder)
+        made = side_by_side(folder) if names == ['latents-or-pixels'] else summary(names, folder)
         return f'{match[1]}\n{made}\n{match[3]}'
     return re.sub(r'(<!-- results: ([^>]*) -->)\n.*?(<!-- /results -->)', table, text, flags=re.DOTALL)
 

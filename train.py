@@ -221,20 +221,6 @@ def optimizer_of(network, c):
                              lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
 
 
-def embedding_health(z):
-    """Mean std of the channels and effective rank of embeddings (B, D, ...): a collapse shows in either.
-
-    The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007).
-    """
-    z = z.movedim(1, -1).reshape(-1, z.shape[1]).float().cpu()           # (rows, D)
-    if len(z) < 2:
-        return {'embedding_std': 0.0, 'embedding_rank': 1.0}
-    p = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
-    p = p / p.sum().clamp(min=1e-12)
-    rank = torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
-    return {'embedding_std': z.std(0).mean().item(), 'embedding_rank': rank}
-
-
 def announce(c, root, data, model, options, steps, step):
     """Say what is about to happen."""
     labels = ', '.join(data.system.name_of(name) for name in data.varying())
@@ -301,7 +287,7 @@ def train(c, module, options):
                 model.network.after_step((step + 1) / steps)
             took = time.perf_counter() - started
             seconds += took
-            health = embedding_health(model.embedding) if model.embedding is not None else {}
+            health = models.embedding_health(model.embedding) if model.embedding is not None else {}
             log.write(json.dumps({'step': step, **losses, **health, 'lr': lr, 'samples_per_s': c.batch / took,
                                   'seconds': seconds, 'memory_gb': peak_memory()}) + '\n')
             log.flush()

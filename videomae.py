@@ -26,7 +26,7 @@ from common import at_least, check_state, option, published_state
 TITLE = 'VideoMAE'
 PAPER = {'active_matter': 0.160, 'shear_flow': 0.67, 'rayleigh_benard': 0.18}          # table 1, attentive probe
 PAPER_PROBE = {'shear_flow': dict(noise=0.1, dropout=0.1)}                # as its probe was trained there
-TERMS = {'low': 'low wavenumbers', 'mid': 'middle', 'high': 'high'}      # what the log's terms are in pictures
+TERMS = {'low': 'missed of long waves', 'mid': 'of shorter', 'high': 'of short'}         # of the log, in pictures
 SIZES = {'nano': (64, 4, 2), 'tiny': (192, 12, 3), 'small': (384, 12, 6)}              # width, depth, heads
 
 
@@ -194,16 +194,26 @@ def band_energies(x):
 
 
 @torch.no_grad()
-def missed(error, target):
-    """What a prediction misses of its target's energy, by spatial wavenumber -> {'low', 'mid', 'high'}: 0 to 1 or more.
+def missed(error, target, patch, channels):
+    """What a prediction misses of its patches at each scale, relative to what is there -> {'low', 'mid', 'high'}.
 
-    error, target: (B, C, T, H, W), of normalised pixels; zero where nothing is predicted. Sums over all ranks. One: no
-    better than to predict zero, all patches at their means.
+    error, target: (B, n, tubelet * patch * patch * channels), of normalised patches, over all ranks. Cosine transforms
+    inside each patch: its edges are no edges of the field. low: waves longer than the patch, and its mean; mid: longer
+    than half of it; high: the rest. 1 is as bad as to predict flat patches. It is for the log: of every third patch.
     """
-    bands = torch.stack([band_energies(error), band_energies(target)])   # (2, 3)
+    k = torch.arange(patch, dtype=torch.float64, device=error.device)
+    basis = torch.cos(torch.pi / patch * (k + 0.5) * k[:, None]).to(error) * (2 / patch)**0.5            # (wave, pixel)
+    basis[0] /= 2**0.5
+    waves = torch.hypot(k[:, None], k)                                   # half waves to a patch, (wave, wave)
+    bands = torch.stack([waves < 2, (waves >= 2) & (waves < 4), waves >= 4]).to(error)
+    parts = []
+    for x in error, target:
+        x = torch.einsum('ky,lx,bntyxc->bntklc', basis, basis, x[:, ::3].unflatten(-1, (-1, patch, patch, channels)))
+        parts.append((bands * x.square().sum((0, 1, 2, 5))).sum((1, 2)))
+    energy = torch.stack(parts)                                          # (2, 3)
     if dist.is_initialized():
-        dist.all_reduce(bands)
-    return dict(zip(('low', 'mid', 'high'), bands[0] / bands[1]))
+        dist.all_reduce(energy)
+    return dict(zip(('low', 'mid', 'high'), energy[0] / energy[1].clamp(min=1e-20)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,11 +357,8 @@ class VideoMAE(nn.Module):
     def forward(self, context, target, generator=None):
         """context, target: (B, C, 16, H, W) -> {'loss', 'low', 'mid', 'high'}, the last three detached.
 
-        loss: mean squared error of the normalised pixels of hidden patches. low, mid, high: the share of the
-        pixels' energy that is missed at these spatial wavenumbers. Prediction minus target, and target, are put
-        back to their place in the clip, zero at visible patches, and Fourier transformed over (H, W); |k| in
-        thirds of the largest one-dimensional wavenumber H/2 (the corners belong to high).
-        `generator` draws the masks and must be in the same state on all ranks.
+        loss: mean squared error of the normalised pixels of hidden patches. low, mid, high: the share of these
+        pixels that is `missed` at a scale. `generator` draws the masks and must be in the same state on all ranks.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         x = torch.cat([context, target])                                 # (2B, C, 16, H, W)
@@ -361,14 +368,7 @@ class VideoMAE(nn.Module):
         prediction, hidden = self.reconstruct(patches, masked)           # (2B, n, pixels * C), (2B, n)
         pixels = normalized_pixels(take(patches, hidden))                # the same, at least float32
         error = prediction - pixels
-        return {'loss': error.square().mean(),
-                **missed(*(self.in_place(values, hidden, x) for values in (error, pixels)))}
-
-    def in_place(self, values, hidden, x):
-        """Of the hidden tokens, (2B, n, pixels * C), where they stand in the clips x, (2B, C, T, H, W): else zero."""
-        patches = values.new_zeros(len(x), x[0].numel() // values.shape[-1], values.shape[-1])
-        patches[torch.arange(len(x), device=x.device)[:, None], hidden] = values.detach()
-        return unpatchify(patches, x.shape, self.tubelet, self.patch)
+        return {'loss': error.square().mean(), **missed(error, pixels, self.patch, x.shape[1])}
 
     def features(self, x):
         """All tokens: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""

@@ -8,7 +8,8 @@ V-JEPA for physics: hide part of a clip, predict the embedding of what is hidden
 VideoMAE's ViT with another target: not the pixels of the hidden tokens but what a teacher makes of them, which
 sees the whole clip. The teacher is a moving average of the encoder (ema.py) and gets no gradient; that is what
 keeps both from the constant embedding, which would be easy to predict. `embedding_std` and `embedding_rank` in
-the log show if it does. With `--masks random` this and videomae.py differ by the target alone.
+the log show if it does. With `--masks random` this and videomae.py differ by the target, and in `nano` by what
+suits each: here smaller steps and a weak VICReg term.
 
 Unlike V-JEPA's, the positions are VideoMAE's, a table over the flattened grid; blocks begin as VideoMAE's; and
 what is probed is the encoder, which can be trained with labels, not the teacher that follows it.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import config
 import reproduce
 import train
 import eval as evaluation
@@ -106,8 +107,23 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
 
 
 def test_an_experiment_is_one_word(ran):
-    """All its rows, of both systems."""
-    reproduce.main(['latents-or-pixels', '--seeds', '0'])
-    made = {path.stem for path in Path('results').iterdir()}
-    assert made == {f'{system}-{row}-seed0' for system in ('active_matter', 'shear_flow')
-                    for row in reproduce.LATENTS_OR_PIXELS} and len(made) == 22
+    """Twelve rows of it, of two systems, which see 25,600 windows each; other rows may stand beside it."""
+    reproduce.main(['latents-or-pixels', 'rayleigh_benard-jepa-nano', '--seeds', '0'])
+    made = {path.stem for path in Path('results').iterdir()} - {'rayleigh_benard-jepa-nano-seed0'}
+    assert len(made) == 24 and all(f'{system}-{row}-seed0' in made for system in ('active_matter', 'shear_flow')
+                                   for row in ('jepa-nano-paired', 'pixels-nano', 'vjepa-nano-block', 'videomae-nano'))
+    for name in reproduce.EXPERIMENT:
+        c = config.parse(reproduce.commands(name, 0)[1][1:], '')[0]
+        assert c.batch * c.steps == 25600 and c.preset == 'nano', name
+
+
+@pytest.mark.parametrize('file', sorted((HERE / 'results').glob('*-seed*.json')), ids=lambda file: file.stem)
+def test_a_result_is_of_what_its_row_says(file):
+    """What train.py is told now is what it was told then; a setting may be younger than the result."""
+    name, _, seed = file.stem.rpartition('-seed')
+    c, _, options = config.parse(reproduce.commands(name, int(seed))[1][1:], '')
+    there = json.loads(file.read_text())['run']['settings']
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in (vars(c) | vars(options)).items()}
+    own = {'out', 'data_dir', 'cache_dir', 'device', 'save_every'}
+    assert {k: v for k, v in now.items() if k in there.keys() - own} == {
+        k: v for k, v in there.items() if k in now.keys() - own}

@@ -115,26 +115,30 @@ def test_the_encoder_with_labels_has_a_row(tmp_path):
 
 
 def test_systems_side_by_side(tmp_path):
-    """Each its own seeds, spreads, ranks and minutes; two models that begin alike share a row of random weights."""
+    """Each its own seeds, spreads, marks and ranks; two models that begin alike share a row; no other system's rows."""
+    def put(system, name, row, own, seed, **changes):
+        r = result(own, seed, row, system=system, **changes)
+        for key in 'rows', 'by_run':
+            r[key]['random init'] = result(0.1 + 0.01 * seed, seed)[key]['random init']              # twice that
+        (tmp_path / f'{system}-{name}-seed{seed}.json').write_text(json.dumps(r))
     for system, scale in ('active_matter', 1), ('shear_flow', 2):
-        for seed, error in enumerate((0.1, 0.2)):
-            done = {**run(25600, seed=seed), 'train_seconds': 60 * scale * (seed + 1),
-                    'last_steps': {'embedding_rank': 3.0 * scale + seed}}
-            for name, row, own in ('jepa-nano-vicreg', 'JEPA', 1.0), ('pixels-nano', 'pixels', 2.5):
-                r = result(scale * own * error, seed, row, system=system, run=done)
-                for key in 'rows', 'by_run':
-                    r[key]['random init'] = result(scale * error, seed)[key]['random init']
-                (tmp_path / f'{system}-{name}-seed{seed}.json').write_text(json.dumps(r))
-    table = tables.side_by_side(['jepa-nano-vicreg', 'pixels-nano'], tmp_path).splitlines()
-    assert table[0].startswith('|  | windows seen | active_matter: attentive |') and 'shear_flow: knn' in table[0]
+        for seed in 0, 1:
+            rank = {'effective': 3.0 * scale + seed, 'of': 32}
+            put(system, 'jepa-nano-vicreg', 'JEPA', 0.01 * scale + 0.002 * seed, seed, rank=rank)
+            put(system, 'pixels-nano', 'pixels', 0.2 * scale + 0.1 * seed, seed)
+    put('rayleigh_benard', 'jepa-nano-vicreg', 'JEPA', 0.5, 0)
+    table = tables.side_by_side(tmp_path).splitlines()
+    assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
+                        '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert list(rows) == ['JEPA, vicreg', 'JEPA: random init', 'field statistics', 'pixels']
-    assert rows['JEPA, vicreg'][:2] == ['25,600', '0.150 ± 0.071 ~'] and rows['JEPA, vicreg'][4] == '0.300 ± 0.141 ~'
-    assert rows['JEPA, vicreg'][7:] == ['3.5 / 6.5', '1.0 / 2.0 |'] and rows['JEPA: random init'][0] == '-'
-    assert rows['pixels'][1] == '0.375 ± 0.177 ~'
-    (tmp_path / 'shear_flow-pixels-nano-seed0.json').unlink()
-    alone = tables.side_by_side(['jepa-nano-vicreg', 'pixels-nano'], tmp_path).splitlines()[5].split(' | ')
-    assert alone[0] == '| pixels' and alone[5:9] == ['-', '-', '-', '3.5']
+    assert rows['JEPA, vicreg'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
+    assert rows['JEPA: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
+    assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
+    for seed in 0, 1:
+        (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
+    alone = tables.side_by_side(tmp_path).splitlines()[-2:]
+    assert any(line.split(' | ')[0] == '| pixels' and line.split(' | ')[4:7] == ['-', '-', '-'] for line in alone)
     page = '<!-- results: latents-or-pixels -->\n<!-- /results -->'
     assert tables.with_tables(page, tmp_path).splitlines()[1] == table[0]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train
+from model import embedding_health
 import videomae
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
 from videomae import VideoMAE
@@ -200,7 +200,7 @@ def test_encoder_sees_visible_patches_only():
     assert embedding(0, False).shape == (4, 24, 2, 4) and not model.embedding.requires_grad
     assert torch.equal(embedding(9, False), embedding(0, False))
     assert (embedding(9, True) - embedding(0, True)).abs().amax((1, 2, 3)).min() > 1e-3
-    health = train.embedding_health(model.embedding)
+    health = embedding_health(model.embedding)
     assert 0 < health['embedding_std'] < 10 and 1 < health['embedding_rank'] <= 24
 
 
@@ -279,58 +279,46 @@ def test_heads_that_do_not_divide_the_width_are_refused(settings):
         small_videomae(**settings)
 
 
-@pytest.mark.parametrize('H, W', [(12, 12), (16, 16), (9, 7), (8, 15), (5, 12)])
-def test_bands_add_up(H, W):
-    """And each is the sum over its wavenumbers of the whole transform, written out."""
-    x = clips(3, 2, H, W, dtype=torch.float64)
-    power = np.abs(np.fft.fft2(x.numpy()))**2 / (H * W)
-    expected = np.zeros(3)
-    for i in range(H):
-        for j in range(W):
-            k = np.hypot(min(i, H - i) / H, min(j, W - j) / W) / 0.5     # 1: half a cycle per pixel
-            expected[0 if k < 1 / 3 - 1e-9 else 1 if k < 2 / 3 - 1e-9 else 2] += power[:, :, i, j].sum()
-    assert np.allclose(videomae.band_energies(x), expected, rtol=1e-6)
-    assert np.allclose(expected.sum(), x.square().sum(), rtol=1e-12)
+def test_what_is_missed_is_a_share_of_each_scale():
+    """Waves that fit a patch, each of its scale: predicted by halves, a quarter of their energy is missed."""
+    y, x = torch.arange(8)[:, None] + 0.5, torch.arange(8) + 0.5
+    wave = lambda k, l: torch.cos(torch.pi * k * y / 8) * torch.cos(torch.pi * l * x / 8)
+    for (k, l), scale in {(0, 1): 'low', (1, 1): 'low', (2, 0): 'mid', (3, 2): 'mid', (4, 0): 'high', (3, 3): 'high',
+                          (7, 7): 'high'}.items():
+        target = sum(wave(*own) for own in ((1, 0), (0, 3), (5, 1)))     # one of each scale, of equal energy
+        target = target.expand(2, 3, 2, 8, 8)[..., None] * torch.tensor([1.0, 2.0, 3.0])  # (B, n, t, y, x, C)
+        error = wave(k, l).expand(2, 3, 2, 8, 8)[..., None] * torch.tensor([3.0, 1.0, 2.0])
+        found = videomae.missed(error.flatten(2), target.flatten(2), 8, 3)
+        for name, value in found.items():
+            there = {'low': wave(1, 0), 'mid': wave(0, 3), 'high': wave(5, 1)}[name].square().sum()
+            expected = (wave(k, l).square().sum() / there).item() if name == scale else 0
+            assert value == pytest.approx(expected, abs=1e-5), (k, l)
 
 
-@pytest.mark.parametrize('k, band', [
-    ((0, 0), 'low'), ((1, 2), 'low'), ((0, 2), 'low'), ((3, 0), 'mid'), ((2, 2), 'mid'), ((5, 0), 'mid'),
-    ((0, 6), 'high'), ((4, 4), 'high'), ((-5, 3), 'high'), ((8, 8), 'high')])
-def test_an_error_of_one_wavenumber_is_of_its_band(k, band, monkeypatch):
-    """Through `forward`: a prediction off by one wave everywhere, tokens in any order. Bands end at 8/3, 16/3."""
-    energies = []
-    model, shape = small_videomae(), (2, 3, 4, 16, 16)
-    i = torch.arange(16) * 2 * torch.pi / 16
-    wave = (k[0] * i[:, None] + k[1] * i).cos().expand(shape)
-    order = torch.randperm(2 * 16, generator=seeded())
-
-    def off_by_a_wave(patches, masked):
-        prediction = videomae.normalized_pixels(patches) + videomae.patchify(wave, 2, 4).flatten(2)
-        return prediction[:, order], order.expand(2, -1)
-
-    split = videomae.band_energies
-    monkeypatch.setattr(videomae, 'band_energies', lambda x: energies.append(split(x)) or energies[-1])
-    monkeypatch.setattr(model, 'reconstruct', off_by_a_wave)
-    losses = model(*clips(2, 1, *shape[1:]))
-    assert losses['loss'] == pytest.approx(wave.square().mean().item(), rel=1e-5)
-    for name, of in zip(('low', 'mid', 'high'), energies[1]):            # the target's
-        expected = wave.square().sum().item() / of.item() if name == band else 0
-        assert losses[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
-
-
-def test_error_is_zero_where_visible(monkeypatch):
-    """What the bands see of an error of one, and of pixels of one: the hidden patches, and nothing around them."""
-    model, x = small_videomae(mask_ratio=0.75), clips(2, 2, 3, 4, 16, 16)
-    seen = []
-    split = videomae.band_energies
-    monkeypatch.setattr(videomae, 'band_energies', lambda e: seen.append(e) or split(e))
-    monkeypatch.setattr(videomae, 'normalized_pixels', lambda patches: torch.ones_like(patches.flatten(-2)))
-    monkeypatch.setattr(model.decoder, 'forward', lambda tokens, hidden: torch.full((4, hidden, 2 * 4 * 4 * 3), 2.0))
-    losses = model(*x, seeded())
-    masked = videomae.tube_masks(2, 16, 0.75, seeded()).view(4, 1, 1, 4, 4).float()
-    expected = F.interpolate(masked, (1, 16, 16)).expand(4, 3, 4, 16, 16)
-    assert len(seen) == 2 and all(torch.equal(x, expected) for x in seen)
-    assert losses['loss'] == 1
+def test_what_is_missed_adds_up_to_the_loss():
+    """Parseval's theorem for every third patch: scales weighted by what is there. Flat patches miss all of each."""
+    model, x = small_videomae().double(), clips(2, 2, 3, 4, 16, 12, dtype=torch.float64)
+    seen, missed = [], videomae.missed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(videomae, 'missed', lambda error, *more: seen.extend((error, *more)) or missed(error, *more))
+        losses = model(*x, seeded())
+    error, pixels, *sizes = seen
+    hidden = videomae.tube_masks(2, 12, model.mask_ratio, seeded()).repeat(1, 2)
+    expected = videomae.normalized_pixels(videomae.patchify(torch.cat(list(x)), 2, 4)[hidden]).view_as(pixels)
+    assert torch.equal(pixels, expected) and sizes == [4, 3]
+    assert losses['loss'].item() == pytest.approx(error.square().mean().item(), rel=1e-12)
+    assert all(v == pytest.approx(1) for v in missed(pixels, pixels, *sizes).values())
+    only = {name: missed(error, pixels, *sizes)[name] for name in ('low', 'mid', 'high')}
+    assert {k: losses[k] for k in only} == only and not any(losses[k].requires_grad for k in only)
+    y = pixels[:, ::3].unflatten(-1, (2, 4, 4, 3)).movedim(-1, 3)     # (B, n, t, C, y, x)
+    k = torch.arange(4, dtype=torch.float64)
+    basis = torch.cos(torch.pi / 4 * (k + 0.5) * k[:, None])
+    basis = basis * torch.tensor([[0.5], *[[0.5**0.5]] * 3], dtype=torch.float64)
+    power = (basis @ y @ basis.T).square().mean((0, 1, 2, 3))
+    r = torch.hypot(k[:, None], k)
+    there = {'low': power[r < 2].sum(), 'mid': power[(r >= 2) & (r < 4)].sum(), 'high': power[r >= 4].sum()}
+    assert sum(there[n] * losses[n] for n in there).item() / 16 == pytest.approx(
+        error[:, ::3].square().mean().item(), rel=1e-9)
 
 
 def official_checkpoint(state, prefix=''):

@@ -8,7 +8,7 @@ import config
 import train
 import vjepa
 from helpers import MODELS, PARITY, both_dtypes, check_parity, fill, filled
-from model import Inputs, Model, load_checkpoint
+from model import Inputs, Model, embedding_health, load_checkpoint
 from vicreg import covariance_loss, variance_loss
 from videomae import patchify, tube_masks
 from vjepa import MASKS, VJEPA, Predictor, block_size, union_of_blocks, visible_and_hidden
@@ -180,12 +180,12 @@ def test_a_collapse_shows_in_the_log():
     model = Model(VJEPA(3, **MINI), Inputs('any', list('abc'), (True, True), (16, 16)), [0] * 3, [1] * 3)
     x = torch.randn(2, 2, 3, 16, 16, 16)
     model.network(*x, seeded(0))
-    healthy = train.embedding_health(model.embedding)
+    healthy = embedding_health(model.embedding)
     assert model.embedding.shape[:2] == (4, 24) and healthy['embedding_std'] > 0.1 and healthy['embedding_rank'] > 2
     model.network.encoder.norm.weight.data.zero_()
     model.network.encoder.norm.bias.data.copy_(torch.randn(24))
     model.network(*x, seeded(0))
-    assert train.embedding_health(model.embedding)['embedding_std'] < 1e-5
+    assert embedding_health(model.embedding)['embedding_std'] < 1e-5
 
 
 def test_in_bfloat16():
