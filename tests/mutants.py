@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'statistics'))
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
-LOSSES, VJEPA, PIXELS = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels'))
+LOSSES, VJEPA, PIXELS, CACHE = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'cache'))
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -45,6 +45,15 @@ MUTANTS = [                                                              # file,
     ('systems/shear_flow.py', 'noise=1.0', 'noise=0.0', PROTOCOL),
     ('jepa.py', "'active_matter': 0.079", "'active_matter': 0.160", PROTOCOL),
     ('jepa.py', "loss_rows: str = option('local'", "loss_rows: str = option('global'", PROTOCOL),
+    # the cache, and tokens that memory does not hold
+    ('cache.py', "KINDS[kind], 'r', shape", "KINDS[kind], 'c', shape", CACHE),
+    ('cache.py', 'if i not in found], of.bytes', 'if i + 1], of.bytes', CACHE + ' -k killed'),
+    ('cache.py', 'if needed > free:', 'if False:', CACHE + ' -k hold'),
+    ('cache.py', '(high - low) / 65534, (high', '(high - low) / 32767, (high', CACHE + ' -k int16'),
+    ('cache.py', 'if step > 0.01 * std:', 'if step > 0.1 * std:', CACHE + ' -k int16'),
+    ('cache.py', 'out.seek(of.first[number]', 'out.seek(of.first[0]', CACHE + ' -k processes'),
+    ('cache.py', 'run - self.of.first[number], frames', '0, frames', CACHE + ' -k without'),
+    ('probe.py', 'max(1, PART // (4', 'max(9, PART // (4', PROBE),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
     ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
@@ -81,8 +90,8 @@ MUTANTS = [                                                              # file,
     ('videomae.py', 'rank * batch:(rank + 1) * batch', ':batch', 'tests/test_videomae.py -k ranks'),
     # data
     ('data.py', 'np.log10(self.scalars[n]) if n in', 'self.scalars[n] if n in', DATA + ' tests/test_model.py'),
-    ('data.py', "settings = f'{split}-{resolution or", "settings = f'train-{resolution or", DATA),
-    ('data.py', "{path.name} {s.st_size} {s.st_mtime_ns}", "{path.name}", DATA),
+    ('data.py', "settings = f'{split}-{resolution or", "settings = f'train-{resolution or", CACHE),
+    ('cache.py', "{path.name} {s.st_size} {s.st_mtime_ns}", "{path.name}", CACHE),
     ('data.py', 'channels.index(source)], sign, out', 'channels.index(source)], 1, out', DATA),
     ('data.py', 'out[..., nx:, :ny] = field[..., :h - nx', 'out[..., nx:, :ny] = field[..., nx:h', DATA),
     ('data.py', 'np.float32(1e-3))', 'np.float32(1e-9))', DATA),
@@ -99,7 +108,7 @@ MUTANTS = [                                                              # file,
     ('systems/shear_flow.py', 'rng.uniform(-1, 1)\n', '0.0\n', 'tests/test_simulate.py -k anywhere'),
     ('tables.py', '< 2 * np.hypot', '< np.hypot', TABLES),
     # statistics
-    ('data.py', 'own[i] + (at - i) *', 'own[i] + np.clip(at - i, 0, 1) *', STATISTICS),
+    ('cache.py', 'own[i] + (at - i) *', 'own[i] + np.clip(at - i, 0, 1) *', STATISTICS),
     ('systems/numerics.py', 'derivative(v, 0) - grid', 'derivative(v, 0) + grid', STATISTICS),
     ('systems/numerics.py', '(f * self.area.to(f.device)).sum((-2, -1)).mean(1)', 'f.mean((1, 2, 3))', STATISTICS),
     ('systems/numerics.py', 'return f.diff(dim=1) / self.dt', 'return f.diff(dim=1)', STATISTICS),
