@@ -195,12 +195,13 @@ def targets(figure, found):
                yticklabels=titles if ax is panels[0] else [], xlabel='error on test (MSE, z-scored)')
         ax.grid(axis='x')
         ax.grid(False, axis='y')
-    bands, colors = ('low', 'mid', 'high'), dict(zip(titles, itertools.cycle(PROBES.values())))
+    bands, colors = ('low', 'mid', 'high'), {}
     for (system, rows), style in zip(found.items(), itertools.cycle(('-o', '--s', ':^'))):
         for title in titles:
             ends = [run['last_steps'] for _, _, run in rows.get(title, []) if 'low' in run.get('last_steps', {})]
             if ends:
-                last.plot(bands, [np.mean([end[b] for end in ends]) for b in bands], style, ms=4, color=colors[title],
+                color = colors.setdefault(title, [*PROBES.values(), '#444444'][len(colors) % 4])
+                last.plot(bands, [np.mean([end[b] for end in ends]) for b in bands], style, ms=4, color=color,
                           label=f'{title}, {system.replace("_", " ")}')
     last.axhline(1, color='#444444', lw=0.8, ls='--')
     last.set(title='Missed of the target', xlabel='spatial scale', ylim=(0, None), xticks=range(3),
