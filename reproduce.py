@@ -2,8 +2,8 @@
 The numbers of README.md and NOTES.md, made again: data, training, and errors on test, for every seed of a row.
 
     python reproduce.py active_matter-jepa-nano              # three seeds: 50 minutes of one core, 20 GB
-    python reproduce.py latents-or-pixels                    # that experiment's rows: DUMMY
-    python reproduce.py                                      # all rows: a day
+    python reproduce.py latents-or-pixels                    # that experiment's: 8 hours
+    python reproduce.py                                      # all: half a day
     python tables.py                                         # then writes the tables
 
 A row is SYSTEM-NAME, with the flags of NAME below. Runs are kept in rows/, and data in data/seed0, data/seed1 and so
