@@ -20,6 +20,7 @@ import platform
 import shutil
 import tempfile
 import threading
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +188,9 @@ def build(of, kind, path, progress=True):
                 log.flush()
                 bar.update()
         describe(of, kind, [found[i] for i in range(len(of.files))], part, path)
+    except BrokenProcessPool:
+        raise ChildProcessError(f'a process that cached {of.files[0].parent} was killed, perhaps for its memory; what is '
+                                f'stored is kept: run this again') from None
     except (ValueError, OSError):                                        # what cannot be mended by going on
         for leftover in part, done:
             leftover.unlink(missing_ok=True)

@@ -121,6 +121,22 @@ def test_several_processes_store_what_one_does(published, monkeypatch):
     assert np.array_equal(one.fields, many.fields) and one.runs == many.runs and np.array_equal(one.mean, many.mean)
 
 
+def test_a_killed_process_is_told_in_one_line(published, monkeypatch):
+    """And what the others stored is kept."""
+    def killed(of, missing, part, kind, size):
+        yield 0, store(of, 0, part, kind)
+        raise caching.BrokenProcessPool
+    store, before = caching.store, caching.stored
+    monkeypatch.setattr(caching, 'stored', killed)
+    with pytest.raises(OSError, match='was killed, perhaps for its memory'):
+        open_split(published)
+    read = []
+    monkeypatch.setattr(caching, 'stored', before)
+    monkeypatch.setattr(caching, 'store', lambda of, i, *more: read.append(i) or store(of, i, *more))
+    open_split(published)
+    assert read == list(range(1, len(files_of(published))))
+
+
 def test_what_the_disk_cannot_hold_is_not_begun(published, monkeypatch):
     monkeypatch.setattr(caching.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
     with pytest.raises(ValueError, match=r'needs 0.0 GB and .*cache has 0.0 GB free: --cache int16 halves it'):
