@@ -21,6 +21,7 @@ from systems import System, find_system
 
 SYSTEMS = 'active_matter', 'shear_flow', 'rayleigh_benard'
 SHARED = dict(
+    cache='float32',
     resolution=224, whole=False, crop=0, normalize=False, augment=False, views='paired',     # [C] data.py
     supervised=False,
     micro_batch=8,                                                       # [C] configs: windows per GPU
@@ -154,7 +155,7 @@ class Places(Split):
         self.fields = sum(a * s for a, s in zip(axes, (1e6, 0, 1e4, 1e2, 1))).astype(np.float32)
         self.windows = np.array([(r, t) for r in range(runs) for t in range(frames - 31)])
         self.system, self.channels, self.periodic = System(), ['a'], (True, True)
-        self.scalars = {'place': np.arange(runs) - 1.0, 'other': np.arange(runs) ** 2}
+        self.scalars, self.scale = {'place': np.arange(runs) - 1.0, 'other': np.arange(runs) ** 2}, []
 
     def release(self):
         pass
