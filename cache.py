@@ -41,10 +41,15 @@ LARGE = 2**30               # bytes of a cache that is worth several processes, 
 
 @dataclass
 class Plan:
-    """What is kept of a split's files. `first`: the run that each begins with; cut: of x and y; grid: its points."""
+    """What is kept of a split's files.
+
+    runs: file, trajectory and scalars of each; first: the run that each file begins with; cut: of x and y; grid: its
+    points; shape: runs, channels, frames, H, W.
+    """
     files: list
     channels: list
-    shape: tuple                                                         # runs, channels, frames, H, W
+    runs: list
+    shape: tuple
     first: list
     cut: list
     grid: tuple
@@ -58,21 +63,23 @@ def plan(files, crop, resolution):
 
     Raises ValueError for files that disagree or are too short.
     """
-    first, runs, alike = [], 0, None
+    first, runs, alike = [], [], None
     for file in files:
-        f, channels, _, (n, *rest) = read_file(file)
+        f, channels, scalars, (n, *rest) = read_file(file)
         f.close()
         alike = alike or (list(channels), rest)
         if (list(channels), rest) != alike:
             raise ValueError(f'{file} has other channels or another shape than {files[0]}')
-        first.append(runs)
-        runs += n
+        first.append(len(runs))
+        runs += [{'file': file.name, 'trajectory': i, 'scalars': {name: values[i] for name, values in scalars.items()}}
+                 for i in range(n)]
     channels, (T, *size) = alike
     if T < WINDOW:
         raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
     cut = [slice(round(a * n), round(b * n)) for n, (a, b) in zip(size, crop)]
     H, W = (resolution, resolution) if resolution else (s.stop - s.start for s in cut)
-    return Plan(files, channels, (runs, len(channels), T, H, W), first, cut, grid_points(files[0], cut, (H, W)))
+    shape, grid = (len(runs), len(channels), T, H, W), grid_points(files[0], cut, (H, W))
+    return Plan(files, channels, runs, shape, first, cut, grid)
 
 
 def grid_points(path, cut, shape):
@@ -125,14 +132,14 @@ def read_fields(file, channels, trajectory, frames, cut, size):
 
 
 def store(of, number, part, kind):
-    """Write one file's trajectories to their place in `part` -> what the .json says of them, with sums for the std.
+    """Write one file's trajectories to their place in `part` -> {'moments', 'scale'} of them.
 
-    Raises ValueError for NaN or infinity.
+    moments: sums of the values and squares of each channel; scale: of int16, [step, middle] of each channel of each
+    trajectory. Raises ValueError for NaN or infinity.
     """
     file, size = of.files[number], of.shape[3:]
-    f, channels, scalars, (runs, *_) = read_file(file)
-    found = {'runs': [], 'scale': []}
-    moments = np.zeros((of.shape[1], 2))                                 # sums of values and squares
+    f, channels, _, (runs, *_) = read_file(file)
+    moments, scales = np.zeros((of.shape[1], 2)), []
     with f, open(part, 'r+b') as out:
         out.seek(of.first[number] * (of.bytes(kind) // of.shape[0]))
         for trajectory in range(runs):
@@ -145,12 +152,10 @@ def store(of, number, part, kind):
                     x, step_and_middle = quantise(x)
                     scale.append(step_and_middle)
                 out.write(x.tobytes())
-            found['scale'] += [scale] if scale else []
-            found['runs'].append({'file': file.name, 'trajectory': trajectory,
-                                  'scalars': {name: values[trajectory] for name, values in scalars.items()}})
+            scales += [scale] if scale else []
         out.flush()
         os.fsync(out.fileno())
-    return {**found, 'moments': moments.tolist()}
+    return {'moments': moments.tolist(), 'scale': scales}
 
 
 def quantise(x):
@@ -165,7 +170,8 @@ def build(of, kind, path, progress=True):
 
     Raises ValueError if the disk cannot hold it, before anything is written, and for files that will not do.
     """
-    part, done = (path.with_name(f'{path.name}.{platform.node()}.{end}') for end in ('part', 'done'))      # of this node
+    own = f'{path.name}.{platform.node()}'                               # of this node
+    part, done = path.with_name(own + '.part'), path.with_name(own + '.done')
     lines = [json.loads(line) for line in done.read_text().splitlines() if line.endswith('}')] if done.exists() else []
     found = {line['number']: line for line in lines} if part.exists() else {}
     missing, size = [i for i in range(len(of.files)) if i not in found], of.bytes(kind)
@@ -187,10 +193,10 @@ def build(of, kind, path, progress=True):
                 log.write(json.dumps({'number': i, **result}) + '\n')
                 log.flush()
                 bar.update()
-        describe(of, kind, [found[i] for i in range(len(of.files))], part, path)
+        describe(of, [found[i] for i in range(len(of.files))], part, path)
     except BrokenProcessPool:
-        raise ChildProcessError(f'a process that cached {of.files[0].parent} was killed, perhaps for its memory; what is '
-                                f'stored is kept: run this again') from None
+        raise ChildProcessError(f'a process that cached {of.files[0].parent} was killed, perhaps for its memory; what '
+                                f'is stored is kept: run this again') from None
     except (ValueError, OSError):                                        # what cannot be mended by going on
         for leftover in part, done:
             leftover.unlink(missing_ok=True)
@@ -213,12 +219,12 @@ def stored(of, missing, part, kind, size):
             pool.shutdown(cancel_futures=True)
 
 
-def describe(of, kind, found, part, path):
-    """Name the finished file, and write what it holds beside it."""
-    mean, squares = sum(np.array(part['moments']) for part in found).T / (np.prod(of.shape) / of.shape[1])
-    meta = {'channels': of.channels, 'shape': of.shape, 'grid': of.grid, 'kind': kind, 'mean': mean.tolist(),
-            'std': np.sqrt(np.maximum(squares - mean**2, 0)).tolist(), 'runs': sum((part['runs'] for part in found), []),
-            'scale': sum((part['scale'] for part in found), [])}
+def describe(of, found, part, path):
+    """Name the finished file, and write what it holds beside it. found: what `store` gave, file by file."""
+    mean, squares = sum(np.array(file['moments']) for file in found).T / (np.prod(of.shape) / of.shape[1])
+    meta = {'channels': of.channels, 'shape': of.shape, 'grid': of.grid, 'mean': mean.tolist(),
+            'std': np.sqrt(np.maximum(squares - mean**2, 0)).tolist(), 'runs': of.runs,
+            'scale': sum((file['scale'] for file in found), [])}
     check_steps(meta)
     os.replace(part, path.with_suffix('.bin'))
     write_text(path.with_suffix('.json'), json.dumps(meta))
@@ -229,8 +235,8 @@ def check_steps(meta):
     steps = np.reshape(meta['scale'], (-1, len(meta['channels']), 2))[..., 0].max(0, initial=0)         # (C,)
     for name, step, std in zip(meta['channels'], steps, meta['std']):
         if step > 0.01 * std:
-            raise ValueError(f'{name} does not fit into int16: its range in a run is {65534 * step / std:.0f} times its '
-                             f'standard deviation: use --cache float32')
+            raise ValueError(f'{name} does not fit into int16: its range in a run is {65534 * step / std:.0f} times '
+                             f'its standard deviation: use --cache float32')
 
 
 class Files:
@@ -265,18 +271,16 @@ def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', pro
     meta: what the .json says. fields: memory map (runs, C, frames, H, W), or Files if kind is 'none'. Processes of one
     computer wait for the one that builds; another computer, which may have another disk, builds its own.
     """
+    key = content_key(files)
     if kind == 'none':
         fields = Files(of := plan(files, crop, resolution))
         mean, std = fields.moments()
-        runs = [{'scalars': {name: values[i] for name, values in scalars.items()}}
-                for scalars, n in map(scalars_of, files) for i in range(n)]
-        return dict(channels=of.channels, grid=of.grid, mean=mean, std=std, runs=runs, scale=[],
-                    key=content_key(files)), fields
-    key = content_key(files)
+        return dict(channels=of.channels, grid=of.grid, mean=mean, std=std, runs=of.runs, scale=[], key=key), fields
     path = cache_dir / f'{settings}-{key}'
     if not path.with_suffix('.json').exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = Path(tempfile.gettempdir()) / f'cache-{hashlib.sha256(str(cache_dir.resolve()).encode()).hexdigest()[:16]}'
+        place = hashlib.sha256(str(cache_dir.resolve()).encode()).hexdigest()[:16]
+        lock = Path(tempfile.gettempdir()) / f'cache-{place}'            # on this computer alone
         if not lock.exists():
             lock.touch()
         with alone_in(lock):                                             # two runs may start at once
@@ -287,10 +291,3 @@ def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', pro
                         old.unlink(missing_ok=True)
     meta = json.loads(path.with_suffix('.json').read_text())
     return meta | {'key': key}, np.memmap(path.with_suffix('.bin'), KINDS[kind], 'r', shape=tuple(meta['shape']))
-
-
-def scalars_of(path):
-    """({scalar: values}, number of trajectories) of a file."""
-    f, _, scalars, (n, *_) = read_file(path)
-    f.close()
-    return scalars, n

@@ -40,6 +40,7 @@ from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
 LOADED = 2**26             # bytes of windows that are embedded at once
+CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'memory_gb'}              # of the log; the rest is learned
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
@@ -88,7 +89,8 @@ class Run:
         self.name, self.module = models.title(c.model) + ', supervised' * c.supervised, models.find_model(c.model)
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
-        self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
+        self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole,
+                                cache=c.cache)
                        for s in SPLITS if s != 'test' or args.split == 'test' or args.save_embeddings}
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
@@ -212,8 +214,7 @@ def evaluate_run(run, args, device):
         rows[title], size = probes(embedded, run.module, args, run.probe_seed, device, title, **protocol)
         if trained:
             kept, means = embedded if args.save_embeddings else None, probe.mean_tokens(embedded['train'][0])
-            rank = models.embedding_health(means)['embedding_rank'] if len(means) > 1 else 1.0
-            about = {'rank': {'effective': rank, 'of': means.shape[1]}}
+            about = {'rank': {'effective': models.embedding_health(means)['embedding_rank'], 'of': means.shape[1]}}
         del embedded                                                     # it may be a large file
         if args.finetune:
             with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
@@ -285,7 +286,7 @@ def result_of(run, args, rows, about, seconds):
 def last_steps(log, steps=100):
     """What a training log says of its last steps: the means of its losses and of the embedding's spread and rank."""
     lines = [json.loads(line) for line in log.read_text().splitlines()[-steps:]] if log.exists() else []
-    names = lines[0].keys() - {'step', 'lr', 'samples_per_s', 'seconds', 'memory_gb'} if lines else ()
+    names = lines[0].keys() - CLOCKS if lines else ()
     return {name: float(np.mean([line[name] for line in lines])) for name in sorted(names)}
 
 

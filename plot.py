@@ -28,7 +28,7 @@ from PIL import Image                                                    # comes
 import model as models
 import systems
 from data import find_dataset
-from eval import checkpoints
+from eval import CLOCKS, checkpoints
 from tables import HERE, PUBLISHED, SHARED, merge_rows, of_experiment
 from well import read_file
 
@@ -36,7 +36,7 @@ PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,
          'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#e6e6e6', 'axes.axisbelow': True,
          'legend.frameon': False}
-BOOKKEEPING = {'step', 'loss', 'embedding_std', 'embedding_rank', 'lr', 'samples_per_s', 'seconds', 'memory_gb'}
+BOOKKEEPING = CLOCKS | {'loss', 'embedding_std', 'embedding_rank'}
 
 
 @dataclass

@@ -140,7 +140,7 @@ def collect(names, folder):
             own_name = r['row'].endswith(variant.rpartition('-')[2])     # as of one trained with labels
             title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
             for row in (row for row in r['by_run'] if row != 'predict the mean'):
-                of_run = r['run'] | {k: r[k] for k in ['rank'] if k in r} if row == r['row'] else {}
+                of_run = {**r['run'], 'rank': r.get('rank')} if row == r['row'] else {}
                 found = r['rows'][row], r['by_run'][row], of_run
                 seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
                 if row in SHARED:                                        # once for each dataset, whatever the model
@@ -224,8 +224,8 @@ def side_by_side(folder):
         for rows in found.values():
             seeds, random = (rows.get(t, []) for t in (title, title.partition(',')[0] + ': random init'))
             cells += [cell(seeds, random, p, 'mean') for p in PROBES]
-            own = [r['rank'] for _, _, r in seeds if 'rank' in r]
-            ranks.append(f'{np.mean([r["effective"] for r in own]):.1f} of {own[0]["of"]}' if own else '-')
+            own = [of_run['rank'] for _, _, of_run in seeds if of_run.get('rank')]
+            ranks.append(f'{np.mean([rank["effective"] for rank in own]):.1f} of {own[0]["of"]}' if own else '-')
         lines.append('| ' + ' | '.join([title, *cells, ' / '.join(ranks)]) + ' |')
     return '\n'.join(lines)
 

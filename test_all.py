@@ -148,7 +148,8 @@ def test_two_nodes_with_caches_of_their_own_equal_one_process(well, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], said
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
     assert np.allclose(losses(tmp_path / 'node0/out'), losses(tmp_path / 'one'), rtol=1e-5, atol=0)
-    assert [sorted(p.suffix for p in (tmp_path / f'node{n}/cache').iterdir()) for n in (0, 1)] == [['.bin', '.json']] * 2
+    for node in 0, 1:
+        assert sorted(p.suffix for p in (tmp_path / f'node{node}/cache').iterdir()) == ['.bin', '.json']
 
 
 @pytest.mark.parametrize('model', RIVALS)

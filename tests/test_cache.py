@@ -104,7 +104,8 @@ data.Split({str(published)!r}, find_system('active_matter'), 'train', 0, progres
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caching, 'store', lambda of, i, *more: read.append(i) or store(of, i, *more))
         split = open_split(published)
-    assert read == list(range(2, len(files))) and {p.suffix for p in (published / 'cache').iterdir()} == {'.bin', '.json'}
+    assert read == list(range(2, len(files)))
+    assert {p.suffix for p in (published / 'cache').iterdir()} == {'.bin', '.json'}
     expected = open_split(published, cache_dir=published.parent / 'elsewhere')
     assert np.array_equal(split.fields, expected.fields) and np.array_equal(split.std, expected.std)
     n = len(split.runs) // len(files)
