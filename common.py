@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import platform
 import re
@@ -25,6 +26,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+torch.backends.cudnn.allow_tf32 = True                                   # in convolutions, and not in matrix products:
+torch.backends.cuda.matmul.allow_tf32 = False                            # as the official trainer runs
 
 FRAMES = 16                 # of context, and as many of target
 SPLITS = 'train', 'valid', 'test'
@@ -226,6 +230,45 @@ def prefetch(load, jobs, workers):
         finally:
             for p in pending:
                 p.cancel()
+
+
+class Timed:
+    """An iterator that keeps how long one waited for it, in `seconds`."""
+
+    def __init__(self, things):
+        self.things, self.seconds = iter(things), 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self.things)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def on_gpu(batches):
+    """Tuples of CPU tensors (pinned ones, if it is to be of use) on the GPU, each copied while the one before is used.
+
+    The processor, which does not wait for what it asks of the GPU, is held back here, two batches ahead of it: it
+    would fill the GPU's memory.
+    """
+    copies, ahead, used = torch.cuda.Stream(), deque(), deque()
+    for batch in itertools.chain(batches, [None]):
+        if batch is not None:
+            with torch.cuda.stream(copies):
+                ahead.append(([part.to('cuda', non_blocking=True) for part in batch], copies.record_event()))
+        if ahead and (batch is None or len(ahead) > 1):
+            parts, copied = ahead.popleft()
+            torch.cuda.current_stream().wait_event(copied)
+            for part in parts:
+                part.record_stream(torch.cuda.current_stream())          # whose work is done before its memory is free
+            yield parts
+            used.append(torch.cuda.current_stream().record_event())
+            if len(used) > 1:
+                used.popleft().synchronize()
 
 
 # ---------------------------------------------------------------------------------------------

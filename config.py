@@ -64,15 +64,20 @@ class Config:
     device: str = of_machine('auto', 'cuda, cpu, or auto')
     dtype: str = of_machine('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
     save_every: int = of_machine(100, 'steps between checkpoints')
+    recompute: bool = of_machine(False, 'keep the inputs of blocks alone for the backward pass, which computes the rest '
+                                        'again: less memory, a quarter slower', bare=True)
+    compile: bool = of_machine(False, 'torch.compile the network', bare=True)
+    log_every: int = of_machine(1, 'steps between looks at what they gave, each of which waits for the GPU')
 
 
 PRESETS = {                                                              # a model's own go before these
-    'paper': dict(dtype='float32'),                                      # the official trainer has no autocast
+    'paper': dict(dtype='float32', log_every=10),                        # the official trainer has no autocast
     'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, batch=32, micro_batch=32,
                  steps=2400, lr=1e-3, warmup_epochs=0.5)}
 VIEWS = 'paired', 'unpaired', 'other-time'
 SMOKE = dict(steps=20, batch=16, micro_batch=16)                         # on top of nano
-MAY_CHANGE = 'data_dir', 'cache_dir', 'out', 'device', 'save_every', 'steps', 'epochs'       # when a run goes on
+MAY_CHANGE = ('data_dir', 'cache_dir', 'out', 'device', 'save_every', 'log_every', 'recompute', 'compile', 'steps',
+              'epochs')                                                  # when a run goes on
 
 def parse(argv, description):
     """(Config, module of the model, its Options) from flags; nothing is simulated or cached yet.
@@ -127,7 +132,7 @@ def preset_of(module, preset, system):
 
 def finish(c):
     """Fill in what depends on the rest of a Config, and raise ValueError for what will not do."""
-    at_least(c, 1, 'stride', 'batch', 'save_every')
+    at_least(c, 1, 'stride', 'batch', 'save_every', 'log_every')
     at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs', 'weight_decay', 'seed')
     at_least(c, -1, 'steps')
     for name in 'lr', 'epochs':

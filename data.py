@@ -108,16 +108,21 @@ class Split:
         variance = [np.mean([np.float64(s)**2 for s, other in zip(self.std, names) if other == name]) for name in names]
         return self.mean, np.maximum(np.float32(np.sqrt(variance)), np.float32(1e-3))
 
-    def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
-        """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units.
+    def room(self, windows, frames, crop=0, **settings):
+        """An empty float32 tensor (windows, C, frames, h, w), as `load` fills it. settings: pin_memory."""
+        _, C, _, H, W = self.fields.shape
+        return torch.empty(windows, C, frames, crop or H, crop or W, **settings)
+
+    def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None, out=None):
+        """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units; or into `out`.
 
         crop: side of a square cut at a random place (0: the whole field). augment: a random shift along
         the periodic axes and a random symmetry of the equations. seeds: one per window, for both.
         """
-        R, C, T, H, W = self.fields.shape
-        h, w = (crop, crop) if crop else (H, W)
+        H, W = self.fields.shape[-2:]
+        out = self.room(len(windows), frames, crop) if out is None else out
+        h, w = out.shape[-2:]
         symmetries = [s for s in self.system.symmetries if h == w or s // 2 % 2 == 0]     # quarter turns need a square
-        out = torch.empty(len(windows), C, frames, h, w)
         for i, (run, t) in enumerate(windows):
             x0, y0, element = 0, 0, 0
             if crop or augment:

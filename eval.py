@@ -40,7 +40,7 @@ from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
 LOADED = 2**26             # bytes of windows that are embedded at once
-CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'memory_gb'}              # of the log; the rest is learned
+CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}   # of the log; the rest is learned
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
 
@@ -286,8 +286,8 @@ def result_of(run, args, rows, about, seconds):
 def last_steps(log, steps=100):
     """What a training log says of its last steps: the means of its losses and of the embedding's spread and rank."""
     lines = [json.loads(line) for line in log.read_text().splitlines()[-steps:]] if log.exists() else []
-    names = lines[0].keys() - CLOCKS if lines else ()
-    return {name: float(np.mean([line[name] for line in lines])) for name in sorted(names)}
+    names = lines[-1].keys() - CLOCKS if lines else ()
+    return {name: float(np.mean([line[name] for line in lines if name in line])) for name in sorted(names)}
 
 
 def scored(rows, targets, runs, labels):

@@ -26,7 +26,8 @@ or tokens (B, N, D), or else features(x) -> tokens. Everything else has a defaul
     in the network  after_step(progress), called when the optimizer has stepped (an EMA teacher moves here), with the
                     share of the run's steps that are done; `embedding`, the last one, (B, D, ...) or tokens (B, N,
                     D), for the log (else what the encoder gave); undecayed(name, parameter), true for what AdamW's
-                    weight decay leaves alone; paper_finetuning(), which makes it what the paper fine-tuned
+                    weight decay leaves alone; paper_finetuning(), which makes it what the paper fine-tuned; modules of
+                    a class called Block, of which --recompute keeps the inputs alone
 """
 import dataclasses
 import functools
@@ -40,6 +41,7 @@ from common import FRAMES, check_state, pick_device, read_tensors        # first
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from supervised import Supervised
 
@@ -162,15 +164,29 @@ def tokens_of(network, x):
     return z if z.ndim == 3 else z.flatten(2).transpose(1, 2) if z.ndim > 3 else z[:, None]
 
 
+def recompute_blocks(network):
+    """Have every `Block` of a network keep no more than its input for the backward pass, which computes it again.
+
+    Raises ValueError if there is none.
+    """
+    blocks = [module for module in network.modules() if type(module).__name__ == 'Block']
+    if not blocks:
+        raise ValueError('--recompute is for networks made of blocks, which this one is not')
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def embedding_health(z):
     """Mean std of the channels and effective rank of embeddings (B, D, ...): a collapse shows in either.
 
-    The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007).
+    The effective rank is exp of the entropy of the covariance's normalised spectrum (Roy, Vetterli 2007). Of 2^14 rows
+    at most, evenly spaced.
     """
-    z = z.movedim(1, -1).reshape(-1, z.shape[1]).float().cpu()           # (rows, D)
+    z = z.movedim(1, -1).reshape(-1, z.shape[1])                         # (rows, D)
+    z = z[::len(z) // 2**14 + 1].float()
     if len(z) < 2:
         return {'embedding_std': 0.0, 'embedding_rank': 1.0}
-    p = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
+    p = torch.linalg.eigvalsh(torch.cov(z.T).cpu()).clamp(min=0)
     p = p / p.sum().clamp(min=1e-12)
     rank = torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
     return {'embedding_std': z.std(0).mean().item(), 'embedding_rank': rank}

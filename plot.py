@@ -101,16 +101,16 @@ def training(figure, path, names):
     log = [json.loads(line) for line in path.read_text().splitlines()]
     if not log:
         raise ValueError(f'{path} is empty: the run has made no step')
-    step = [line['step'] for line in log]
     axes = figure.subplots(1, 4)
-    terms = [key for key in log[0] if key not in BOOKKEEPING]
+    terms = [key for key in log[-1] if key not in BOOKKEEPING]
     panels = (('Loss', ('loss',), False), ('Its terms, unweighted', terms, True),
               ('Embedding', ('embedding_std', 'embedding_rank'), True), ('Learning rate', ('lr',), False))
     names = {'embedding_std': 'standard deviation', 'embedding_rank': 'effective rank', **names}
     for ax, (title, keys, log_axis) in zip(axes, panels):
-        keys = [key for key in keys if key in log[0]]                    # a loss may have one term only
+        keys = [key for key in keys if key in log[-1]]                   # a loss may have one term only
         for key, color in zip(keys, itertools.cycle(PROBES.values())):
-            ax.plot(step, [line[key] for line in log], color=color, lw=1.2, label=names.get(key, key))
+            ax.plot(*zip(*((line['step'], line[key]) for line in log if key in line)), color=color, lw=1.2,
+                    label=names.get(key, key))
         ax.set(title=title, xlabel='step', yscale='log' if log_axis else 'linear')
         if log_axis:
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

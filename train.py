@@ -21,8 +21,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from common import (FRAMES, RANK, WORLD, Progress, git_hash, peak_memory, prefetch, say, script, write_tensors,
-                    write_text)
+from common import (FRAMES, RANK, WORLD, Progress, Timed, git_hash, on_gpu, peak_memory, prefetch, say, script,
+                    write_tensors, write_text)
 
 import numpy as np
 import torch
@@ -68,10 +68,12 @@ def load_batch(data, c, step, micro):
         last = data.fields.shape[2] - FRAMES
         views[1] = np.array([(run, other_time(t, last, (c.seed, 4, step, first + i)))
                              for i, (run, t) in enumerate(windows)]), FRAMES
-    parts = [data.load(where, frames, c.crop, c.augment, seeds=[(c.seed, 2 + v, step, first + i) for i in range(local)])
-             for v, (where, frames) in enumerate(views)]
+    out = data.room(local, WINDOW, c.crop, pin_memory=c.device == 'cuda')
+    for v, ((where, frames), part) in enumerate(zip(views, out.split(views[0][1], dim=2))):
+        seeds = [(c.seed, 2 + v, step, first + i) for i in range(local)]
+        data.load(where, frames, c.crop, c.augment, seeds, out=part)
     data.release()
-    return torch.cat(parts, dim=2), torch.tensor(data.standard_labels[windows[:, 0]])
+    return out, torch.tensor(data.standard_labels[windows[:, 0]])
 
 
 def other_time(t, last, seed):
@@ -163,19 +165,11 @@ def check_resumable(c, options, steps, state, checkpoint):
             f"teacher's momentum) is that of the longer run")
 
 
-def trimmed_log(path, step):
-    """The log, open for appending, without lines of steps that will be made again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < step]
-    write_text(path, ''.join(line + '\n' for line in kept))
-    return open(path, 'a')
-
-
 def train_step(model, forward, optimizer, batches, c, step):
-    """One step of the optimizer, on the next of the batches -> {term: its mean over the global batch}.
+    """One step of the optimizer, on the next of the batches -> {term: its mean over this rank's part of the batch}.
 
-    forward: the network, or DDP around it. Raises FloatingPointError, before anything has changed, if the loss or
-    a gradient is not finite.
+    forward: the network, or DDP around it. The means are float64 scalars on the device, and nothing is read from there:
+    Log.read does, steps later. One more term, `finite`, is 1 if all gradients were.
     """
     optimizer.zero_grad(set_to_none=True)
     sums, accumulate = {}, c.batch // c.micro_batch
@@ -197,18 +191,67 @@ def train_step(model, forward, optimizer, batches, c, step):
                 raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item() / accumulate
-    if WORLD > 1:                                                        # the global batch's, the same on all ranks
-        values = torch.tensor(list(sums.values()), device=x.device, dtype=torch.float64)
-        dist.all_reduce(values)
-        sums = dict(zip(sums, (values / WORLD).tolist()))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    finite = torch.stack([g.isfinite().all() for g in gradients]).all().item()                 # one wait for the GPU
-    if not math.isfinite(sums['loss']) or not finite:
-        raise FloatingPointError(f'the loss is {sums["loss"]} at step {step}, its gradient '
-                                 f'{"" if finite else "not "}finite')
+            value = torch.as_tensor(value, device=x.device).detach().double()
+            sums[name] = sums.get(name, 0.0) + value / accumulate
+    finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
     optimizer.step()
-    return sums
+    return sums | {'finite': torch.stack(finite).all().double()}
+
+
+class Log:
+    """A run's log.jsonl, a line for each step, and its progress bar.
+
+    What a step gives is kept in `unread`, on the device; `read` gets it all from there at once. seconds: of training
+    so far; loaded: the Timed iterator that the steps wait for.
+    """
+
+    def __init__(self, c, step, steps, seconds, loaded):
+        path = Path(c.out) / 'log.jsonl'
+        self.batch, self.checkpoint, self.seconds, self.loaded = c.batch, Path(c.out) / 'ckpt.pt', seconds, loaded
+        kept = [line for line in path.read_text().splitlines() if line.endswith('}') and json.loads(line)['step'] < step
+                ] if RANK == 0 and path.exists() else []
+        if RANK == 0:                                                    # without steps that will be made again
+            write_text(path, ''.join(line + '\n' for line in kept))
+        self.file = open(path if RANK == 0 else os.devnull, 'a')
+        self.bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
+        self.wait_for_next()
+
+    def wait_for_next(self):
+        self.unread, self.started, self.waited = [], time.perf_counter(), self.loaded.seconds
+
+    def read(self, embedding):
+        """Write a line for each unread step, the last with the health of `embedding`.
+
+        Raises FloatingPointError if a loss or a gradient was not finite.
+        """
+        values = torch.cat([torch.stack(list(terms.values())) for _, _, terms in self.unread])
+        if WORLD > 1:
+            dist.all_reduce(values)
+        values, n = iter((values / WORLD).tolist()), len(self.unread)    # here one waits for the GPU
+        took, waited = (time.perf_counter() - self.started) / n, (self.loaded.seconds - self.waited) / n
+        lines = []
+        for step, rate, terms in self.unread:
+            read = {name: next(values) for name in terms}                # means over the global batch
+            finite = read.pop('finite') == 1
+            if not finite or not math.isfinite(read['loss']):
+                kept = self.checkpoint if self.checkpoint.exists() else 'none yet'
+                raise FloatingPointError(f'the loss is {read["loss"]} at step {step}, its gradient '
+                                         f'{"" if finite else "not "}finite; the last good checkpoint is kept '
+                                         f'({kept}): try a lower --lr')
+            self.seconds += took
+            lines.append({'step': step, **read, 'lr': rate, 'samples_per_s': self.batch / took, 'seconds': self.seconds,
+                          'waiting': waited / took, 'memory_gb': peak_memory()})
+        if RANK == 0 and embedding is not None:
+            lines[-1] |= models.embedding_health(embedding)
+        self.file.write(''.join(json.dumps(line) + '\n' for line in lines))
+        self.file.flush()
+        shown = read | ({'rank': lines[-1]['embedding_rank']} if 'embedding_rank' in lines[-1] else {})
+        self.bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
+        self.bar.update(n)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
 
 
 def optimizer_of(network, c):
@@ -257,9 +300,13 @@ def train(c, module, options):
         step, seconds = state['step'], state['seconds']
     out.mkdir(parents=True, exist_ok=True)
     announce(c, root, data, model, options, steps, step)
+    if c.recompute:
+        models.recompute_blocks(model.network)
     forward = model.network
     if WORLD > 1:
         forward = DistributedDataParallel(forward, find_unused_parameters=model.inputs.published or c.supervised)
+    if c.compile:
+        forward = torch.compile(forward)
 
     def save():
         labels = data.labels(data.varying())
@@ -271,32 +318,24 @@ def train(c, module, options):
             git=git))
 
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
-    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if c.device == 'cuda' else 1)
-    with (trimmed_log(out / 'log.jsonl', step) if RANK == 0 else open(os.devnull, 'a') as log,
-          Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05) as bar):
+    loaded = Timed(prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if c.device == 'cuda' else 1))
+    batches = on_gpu(loaded) if c.device == 'cuda' else loaded
+    with contextlib.closing(Log(c, step, steps, seconds, loaded)) as log:
         while step < steps:
-            started, lr = time.perf_counter(), learning_rate(step, steps, warmup, c.lr, c.min_lr)
+            rate = learning_rate(step, steps, warmup, c.lr, c.min_lr)
             for group in optimizer.param_groups:
-                group['lr'] = lr
-            try:
-                losses = train_step(model, forward, optimizer, batches, c, step)
-            except FloatingPointError as e:
-                raise FloatingPointError(f'{e}; the last good checkpoint is kept '
-                                         f'({checkpoint if checkpoint.exists() else "none yet"}): try a lower --lr')
+                group['lr'] = rate
+            log.unread.append((step, rate, train_step(model, forward, optimizer, batches, c, step)))
             if hasattr(model.network, 'after_step'):
                 model.network.after_step((step + 1) / steps)
-            took = time.perf_counter() - started
-            seconds += took
-            health = models.embedding_health(model.embedding) if model.embedding is not None else {}
-            log.write(json.dumps({'step': step, **losses, **health, 'lr': lr, 'samples_per_s': c.batch / took,
-                                  'seconds': seconds, 'memory_gb': peak_memory()}) + '\n')
-            log.flush()
             step += 1
-            shown = {**losses, 'rank': health['embedding_rank']} if health else losses
-            bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
-            bar.update()
-            if RANK == 0 and (step % c.save_every == 0 or step == steps):
-                save()
+            saving = step % c.save_every == 0 or step == steps
+            if saving or step % c.log_every == 0:
+                log.read(model.embedding)
+                seconds = log.seconds
+                if saving and RANK == 0:                                 # what has been read, and so is finite
+                    save()
+                log.wait_for_next()
     if RANK == 0 and not checkpoint.exists():                            # no step was asked for
         save()
     say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '

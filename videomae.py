@@ -177,23 +177,6 @@ def normalized_pixels(patches):
 
 
 @torch.no_grad()
-def band_energies(x):
-    """Sum of squares of fields x (..., H, W), split by spatial wavenumber -> (3,): low, mid, high.
-
-    |k| in thirds of the largest one-dimensional wavenumber, H/2 on a square (half a cycle per pixel on any
-    grid); the corners beyond it belong to high. By Parseval's theorem, sum_x |x|^2 = 1/(HW) sum_k |X_k|^2,
-    the three add up to the sum of squares.
-    """
-    H, W = x.shape[-2:]
-    X = torch.view_as_real(torch.fft.rfft2(x.reshape(-1, H, W), norm='ortho'))         # (..., H, W//2 + 1, 2)
-    power = X.square().sum(dim=0).sum(dim=-1)                            # (H, W//2 + 1)
-    power[:, 1:(W + 1) // 2] *= 2                                        # columns that stand for -k as well
-    ky, kx = torch.fft.fftfreq(H, device=x.device), torch.fft.rfftfreq(W, device=x.device)
-    band = (6 * torch.hypot(ky[:, None], kx)).long().clamp(max=2)        # (H, W//2 + 1)
-    return torch.stack([(power * (band == i)).sum() for i in range(3)])
-
-
-@torch.no_grad()
 def missed(error, target, patch, channels):
     """What a prediction misses of its patches at each scale, relative to what is there -> {'low', 'mid', 'high'}.
 

@@ -27,6 +27,7 @@ SHARED = dict(
     micro_batch=8,                                                       # [C] configs: windows per GPU
     weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see NOTES.md
     dtype='float32',                                                     # [C] no autocast in its trainer
+    log_every=10, recompute=False, compile=False,
     steps=-1, init='')
 OF_SYSTEM = {                                                            # [C] configs: train, dataset; data.py: stride
     'active_matter': dict(stride=1, noise=1.0, lr=1e-3, epochs=30.0),
