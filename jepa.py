@@ -146,7 +146,7 @@ class JEPA(nn.Module):
         if self.standardize:
             p = standardize(p)
         if not self.paired:
-            partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
+            partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device, non_blocking=True)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
         with torch.autocast(p.device.type, enabled=False):               # statistics in full precision
             return self.loss(p, z_next, generator=generator)

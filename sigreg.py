@@ -27,7 +27,8 @@ def sigreg(z, directions, knots=17, reach=3.0):
     t = torch.linspace(0, reach, knots, device=z.device, dtype=z.dtype)  # (knots,)
     gauss = torch.exp(-t**2 / 2)
     weights = torch.full_like(t, 2 * reach / (knots - 1))
-    weights[[0, -1]] /= 2
+    weights[0] /= 2
+    weights[-1] /= 2
     angles = (z @ directions)[:, :, None] * t                            # (N, K, knots)
     distance = (angles.cos().mean(0) - gauss).square() + angles.sin().mean(0).square()               # (K, knots)
     return len(z) * (distance @ (weights * gauss)).mean()
@@ -45,6 +46,6 @@ def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
     rank a `generator` in the same state). In at least float32.
     """
     x, y = (in_full(z).movedim(1, -1).flatten(0, 2) for z in (x, y))     # (B*H*W, D)
-    a = random_directions(x.shape[1], directions, generator).to(x)       # (D, K)
+    a = random_directions(x.shape[1], directions, generator).to(x, non_blocking=True)     # (D, K)
     sim, normal = F.mse_loss(x, y), (sigreg(x, a) + sigreg(y, a)) / 2
     return {'loss': (1 - sigreg_coeff) * sim + sigreg_coeff * normal, 'sim': sim, 'sigreg': normal}

@@ -134,7 +134,7 @@ def positions(tokens, width, dtype=torch.float32, device=None):
     i = torch.arange(width) // 2
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000**(2 * i.double() / width)
     table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
-    return table.float().to(device, dtype)
+    return table.float().to(device, dtype, non_blocking=True)
 
 
 def hidden_places(places, mask_ratio):
@@ -329,7 +329,7 @@ class VideoMAE(nn.Module):
         (B, n, pixels * C), pixel by pixel, channels innermost.
         """
         N, slots = patches.shape[1], patches.shape[1] // masked.shape[1]
-        visible, hidden = (tube_tokens(m, slots).to(patches.device) for m in (~masked, masked))
+        visible, hidden = (tube_tokens(m, slots).to(patches.device, non_blocking=True) for m in (~masked, masked))
         z = self.encoder(patches, visible)                               # (B, N - n, D)
         self.embedding = z.detach().transpose(1, 2).unflatten(2, (slots, -1))
         position = positions(N, self.mask_token.shape[-1], self.mask_token.dtype, patches.device)

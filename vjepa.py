@@ -197,7 +197,7 @@ class VJEPA(nn.Module):
         y = self.targets(patches)                                        # (2B, N, D)
         grid, terms = (T // self.tubelet, H // self.patch, W // self.patch), []
         for mask in self.masks(WORLD * B, grid, self.mask_ratio, generator):           # of all ranks: (2, WORLD * B, N)
-            visible, hidden = (i[:, RANK * B:(RANK + 1) * B].flatten(0, 1).to(x.device)
+            visible, hidden = (i[:, RANK * B:(RANK + 1) * B].flatten(0, 1).to(x.device, non_blocking=True)
                                for i in visible_and_hidden(mask, generator))           # (2B, n), (2B, m)
             z = self.encoder(patches, visible)                           # (2B, n, D)
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)
