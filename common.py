@@ -131,7 +131,7 @@ def script(main):
             return main(*args)
         except Exception as e:
             if RANK > 0:                                                 # the first rank says it, if it can
-                time.sleep(3)
+                time.sleep(10)
             if not isinstance(e, (ValueError, OSError, FloatingPointError)):
                 raise
             note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
