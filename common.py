@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import io
 import itertools
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 torch.backends.cudnn.allow_tf32 = True                                   # in convolutions, and not in matrix products:
@@ -131,10 +133,12 @@ def script(main):
         keep_freed_memory()
         try:
             return main(*args)
-        except (ValueError, OSError, FloatingPointError) as e:
-            note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
+        except Exception as e:
             if RANK > 0:                                                 # the first rank says it, if it can
-                time.sleep(3)
+                time.sleep(10)
+            if not isinstance(e, (ValueError, OSError, FloatingPointError)):
+                raise
+            note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
             print(f'error: {" ".join(str(e).split())}{note}', file=sys.stderr, flush=True)
             sys.exit(2)
     return wrapped
@@ -150,12 +154,6 @@ def pick_device(name):
     if name not in ('cpu', 'cuda') or name == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {name!r} is not to be had here: --device cpu always is')
     return name
-
-
-def say(*words):
-    """Print, on the first rank only."""
-    if RANK == 0:
-        print(*words, flush=True)
 
 
 def peak_memory():
@@ -269,6 +267,44 @@ def on_gpu(batches):
             used.append(torch.cuda.current_stream().record_event())
             if len(used) > 1:
                 used.popleft().synchronize()
+
+
+# ---------------------------------------------------------------------------------------------
+# ranks: the processes of torchrun, on one computer or several, which may not share a disk
+
+def start_ranks(device, backend='gloo'):
+    """Join the other ranks, if there are any; on cuda each takes its GPU. backend: nccl for what lies there."""
+    if WORLD == 1:
+        return
+    if device == 'cuda':
+        if int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
+            raise ValueError(f'more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node')
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    # the others wait while the first simulates, caches or probes, which may take hours
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=2))
+
+
+def say(*words):
+    """Print, on the first rank only."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def shared(value):
+    """The first rank's value, on all ranks."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gathered(value):
+    """The values of all ranks, in order, on the first; [] on the others."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD if RANK == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 # ---------------------------------------------------------------------------------------------

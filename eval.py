@@ -10,6 +10,7 @@ What a pretrained encoder knows of the physics: the error table.
     python eval.py out/... --save-embeddings FILE # also keep what the encoder gave, for plot.py
     python eval.py --all                          # the paper's table 1, from everything under out/
     python eval.py --latents FOLDER --data NAME   # published embeddings in place of a run
+    torchrun --nproc_per_node=8 eval.py out/...   # the same table, sooner: all processes embed, the first does the rest
 
 Embeds windows of the train, valid and test splits, --stride frames apart, once with the frozen encoder, fits
 three probes (probe.py) to the parameters of the simulations, and prints their mean squared error on --split, with
@@ -24,8 +25,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import (FRAMES, SPLITS, Progress, at_least, data_folder, git_hash, machine, option, parse, peak_memory,
-                    pick_device, prefetch, script, write_bytes, write_text)
+from common import (RANK, Progress, at_least, machine, option, parse, peak_memory, pick_device, script, shared,
+                    start_ranks, write_bytes, write_text)
 
 import numpy as np
 import torch
@@ -33,13 +34,11 @@ import torch
 import model as models
 import probe
 import systems
-from config import Config
-from data import WINDOW, Split, find_dataset, read_recipe
+from data import read_recipe
+from embed import Run, embed_along
 from finetune import epochs_of, finetune
-from systems.numerics import Grid
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
-LOADED = 2**26             # bytes of windows that are embedded at once
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}   # of the log; the rest is learned
 TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
 
@@ -66,104 +65,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------
-# runs, and the windows they are probed on
-
-def checkpoints():
-    """Those under out/, the newest last; ValueError if there is none."""
-    found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError('no checkpoint under out/: train one with python train.py, or name one')
-    return found
-
-
-class Run:
-    """A checkpoint, its Config and the splits it is probed on. `path`: the file, or the folder it lies in."""
-
-    def __init__(self, path, args):
-        self.path = models.checkpoint_of(path)
-        self.state = models.load_checkpoint(self.path)
-        try:
-            self.c = c = Config(**self.state['config'])
-        except TypeError:
-            raise ValueError(f'{self.path} was written by another version of train.py') from None
-        self.name, self.module = models.title(c.model) + ', supervised' * c.supervised, models.find_model(c.model)
-        self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
-        self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
-        self.splits = {s: Split(self.root, self.system, s, c.resolution, c.stride, c.cache_dir, whole=c.whole,
-                                cache=c.cache)
-                       for s in SPLITS if s != 'test' or args.split == 'test' or args.save_embeddings}
-        for name, split in self.splits.items():
-            if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
-                raise ValueError(f'{self.root}, {name}: channels or scalars are not those {self.path} was trained on')
-        self.shown = [self.system.name_of(name) for name in self.labels]
-        self.git = git_hash()                                            # of the code that evaluates, as it starts
-        self.probe_seed = args.seed if args.seed >= 0 else c.seed
-        self.seeds = {'data': read_recipe(self.root).get('seed', 'none'), 'training': c.seed, 'probe': self.probe_seed}
-        self.probe_on(args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride))
-
-    def windows_at(self, stride):
-        """{split: (n, 2) of run and first frame}, `stride` frames apart, and their targets {split: (n, L)}."""
-        windows = {name: np.array([(run, t) for run in range(len(split.runs))
-                                   for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
-                   for name, split in self.splits.items()}
-        mean, std = np.array(self.state['label_mean']), np.array(self.state['label_std'])
-        return windows, {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
-                         for name, w in windows.items()}
-
-    def probe_on(self, stride, most=(None, None)):
-        """Set `windows` and `targets`; `most`: so many of train and of valid, the same for all runs; None: all."""
-        self.stride = stride
-        self.windows, self.targets = self.windows_at(stride)
-        for name, n in zip(SPLITS, most):
-            if n is not None and n < len(self.windows[name]):
-                chosen = np.sort(np.random.default_rng(0).permutation(len(self.windows[name]))[:n])
-                self.windows[name], self.targets[name] = self.windows[name][chosen], self.targets[name][chosen]
-
-    def field(self):
-        """What of a window the encoder is given, in words."""
-        (H, W), (h, w) = self.splits['train'].fields.shape[-2:], self.state['inputs']['size']
-        part = 'whole domain' if self.c.whole or self.system.crop == ((0, 1), (0, 1)) else "paper's part of the domain"
-        tiles = len(models.tile_starts(H, h)) * len(models.tile_starts(W, w))
-        tiled = f', in {tiles} tiles of {h} x {w}' if tiles > 1 and not getattr(self.module, 'ANY_SIZE', False) else ''
-        return f'{part} at {H} x {W}{tiled}'
-
-    def model(self, device, trained=True):
-        return models.model_of(self.state, self.path, device, trained)
-
-    def encode(self, model, frozen=True, noise=None):
-        """The function raw windows (B, C, 16, H, W) -> tokens (B, N, D). noise: its std; None: as in training."""
-        device, noise = model.mean.device, self.c.noise if noise is None else noise
-        generator = torch.Generator(device).manual_seed(self.c.seed)
-
-        def function(x):
-            x = x.to(device, model.mean.dtype)
-            if noise > 0:                                                # after normalisation, it is of this size
-                x = x + noise * model.std * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-            return model.embed(x) if frozen else model.features(x)
-        return function
-
-    def embed(self, function, batch, description):
-        """{split: (function(x) of all its windows as one CPU tensor (n, N, D) of probe.room_for, targets)}."""
-        _, C, _, H, W = self.splits['train'].fields.shape
-        batch = max(1, min(batch, LOADED // (4 * C * FRAMES * H * W)))
-        jobs = [(name, i) for name, windows in self.windows.items() for i in range(0, len(windows), batch)]
-        load = lambda job: self.splits[job[0]].load(self.windows[job[0]][job[1]:job[1] + batch], frames=FRAMES)
-        out = {}
-        with Progress(sum(map(len, self.windows.values())), description, 'window') as bar, torch.no_grad():
-            for (name, i), x in zip(jobs, prefetch(load, jobs, workers=1)):
-                tokens = function(x).float().cpu()
-                if name not in out:
-                    room = probe.room_for(len(self.windows[name]), *tokens.shape[1:], self.path.parent)
-                    out[name] = room, self.targets[name]
-                out[name][0][i:i + len(tokens)] = tokens
-                if not out[name][0][i:i + len(tokens)].isfinite().all():
-                    raise ValueError(f'{self.path}: its tokens are not finite, or too large for float16')
-                self.splits[name].release()
-                bar.update(len(tokens))
-        return out
-
-
-# ---------------------------------------------------------------------------------------------
 # rows of the table: {probe: estimates of the labels of the windows of the scored split (n, L)}
 
 def probes(splits, module, args, seed, device, description, **protocol):
@@ -181,11 +82,7 @@ def field_statistics(run, args):
     if run.system.statistics is None:
         print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
         return None
-    by_name = lambda x: {name: x[:, i] for i, name in enumerate(run.channels)}         # (B, T, H, W) each
-    grid = Grid(*run.splits['train'].grid)
-    function = lambda x: torch.stack(list(run.system.statistics(by_name(x), grid).values()), 1)[:, None]
-    embedded = run.embed(function, args.batch, 'field statistics')
-    return {'linear': probe.linear(with_products(embedded), scored=args.split)}
+    return {'linear': probe.linear(with_products(run.embed('field statistics')), scored=args.split)}
 
 
 def with_products(splits):
@@ -202,26 +99,26 @@ def with_products(splits):
 # ---------------------------------------------------------------------------------------------
 # the table
 
-def evaluate_run(run, args, device):
+def evaluate_run(run, args):
     """(rows of one run, {title: {probe: estimates}}; what eval.json says of the encoder; its tokens)."""
     rows, about, kept, noise, protocol = {}, {}, None, None, {}
     if args.probe == 'paper':                                            # some models have settings of their own there
         protocol = probe.PAPER | getattr(run.module, 'PAPER_PROBE', {}).get(run.c.data, {})
         noise = protocol.pop('noise', None)
-    for title, trained in (run.name, True), ('random init', False):
-        model = run.model(device, trained)
-        embedded = run.embed(run.encode(model, noise=noise), args.batch, f'embedding, {title}')
-        rows[title], size = probes(embedded, run.module, args, run.probe_seed, device, title, **protocol)
-        if trained:
+    for title in run.name, 'random init':
+        embedded = run.embed(title, noise)
+        rows[title], size = probes(embedded, run.module, args, run.probe_seed, run.device, title, **protocol)
+        if title == run.name:
             kept, means = embedded if args.save_embeddings else None, probe.mean_tokens(embedded['train'][0])
             about = {'rank': {'effective': models.embedding_health(means)['embedding_rank'], 'of': means.shape[1]}}
         del embedded                                                     # it may be a large file
         if args.finetune:
             with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
+                model = run.model(run.device, title == run.name)
                 tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
-                    run.module, 'MLP_RATIO', 0.0), args.split, device, bar.update)
+                    run.module, 'MLP_RATIO', 0.0), args.split, run.device, bar.update)
             rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
-    network = models.unwrapped(model.network)
+    network = models.unwrapped(run.model('cpu', trained=False).network)
     encoder = getattr(network, 'encoder', network)
     parameters = {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}
     return rows, {'parameters': parameters, **about}, kept
@@ -233,7 +130,6 @@ def tuned_name(args):
 
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
-    device = pick_device(args.device)
     runs = [Run(path, args) for path in paths]
     same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [split.files for split in r.splits.values()])
     if any(same(r) != same(runs[0]) for r in runs):
@@ -248,7 +144,7 @@ def evaluate(paths, args):
         print(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, {run.state["samples"]:,} '
               f'windows seen; seeds: {", ".join(f"{k} {v}" for k, v in run.seeds.items())}\n  probed on {counts} '
               f'windows, {run.stride} frames apart: {run.field()}', flush=True)
-        rows, about, tokens = evaluate_run(run, args, device)
+        rows, about, tokens = evaluate_run(run, args)
         print(f'  {about["parameters"]["encoder"]:,} parameters in the encoder, '
               f'{about["parameters"]["attentive probe"]:,} in its attentive probe')
         seen = run.c.resolution, run.c.whole
@@ -276,7 +172,7 @@ def result_of(run, args, rows, about, seconds):
             'by_run': by_run, 'seconds': seconds, **about, 'field': run.field(), 'stride': run.stride,
             'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
             'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            'evaluated_by': run.git, 'machine': machine(pick_device(args.device)),
+            'evaluated_by': run.git, 'machine': machine(run.device),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
                     'last_steps': last_steps(run.path.with_name('log.jsonl')),
@@ -300,6 +196,14 @@ def scored(rows, targets, runs, labels):
             scores[name][p] = {**dict(zip(labels, e.mean(0).tolist())), 'mean': e.mean().item()}
             by_run[name][p] = [round(e[runs == r].mean().item(), 6) for r in np.unique(runs)]
     return scores, by_run
+
+
+def checkpoints():
+    """Those under out/, the newest last; ValueError if there is none."""
+    found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError('no checkpoint under out/: train one with python train.py, or name one')
+    return found
 
 
 def table_one(args):
@@ -425,8 +329,16 @@ def main(argv=None):
                 if getattr(args, name) != getattr(Settings(), name)]
         if idle:
             raise ValueError(f'--{idle[0].replace("_", "-")} has no meaning for --latents')
-        return evaluate_latents(args)
-    table_one(args) if args.all else evaluate(paths or checkpoints()[-1:], args)
+    start_ranks(pick_device(args.device))
+    if RANK > 0:
+        return embed_along(args)
+    if args.latents:
+        evaluate_latents(args)
+    elif args.all:
+        table_one(args)
+    else:
+        evaluate(paths or checkpoints()[-1:], args)
+    shared(None)                                                         # the other ranks may go
 
 
 if __name__ == '__main__':

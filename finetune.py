@@ -30,7 +30,7 @@ def epochs_of(protocol):
 def finetune(run, model, protocol, batch=16, lr=1e-5, mlp_ratio=0.0, scored='test', device='cpu', tick=lambda: None):
     """Estimates (n, L) of the labels of a split, in the order of `run.windows`.
 
-    run: an eval.Run, whose windows and targets are used; model: its Model, which is changed. protocol: 'paper', or
+    run: an embed.Run, whose windows and targets are used; model: its Model, which is changed. protocol: 'paper', or
     the number of our epochs, as text. batch, lr: of ours, lr that of the encoder (the head's is 1e-3). `tick` is
     called after every epoch. Raises FloatingPointError if it diverges.
     """

@@ -26,9 +26,14 @@ PART = 2**28                # bytes of float32 tokens that are worked on at once
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
 
 
+def kept_as(n, N, D):
+    """The dtype of a split's tokens (n, N, D) where they are kept."""
+    return torch.float32 if 4 * n * N * D <= IN_MEMORY else torch.float16
+
+
 def room_for(n, N, D, folder):
     """An empty tensor (n, N, D): float32 in memory, or float16 in a file that is gone when the tensor is."""
-    if 4 * n * N * D <= IN_MEMORY:
+    if kept_as(n, N, D) == torch.float32:
         return torch.empty(n, N, D)
     with tempfile.TemporaryFile(dir=folder) as file:
         return torch.from_numpy(np.memmap(file, np.float16, 'w+', shape=(n, N, D)))

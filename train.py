@@ -13,7 +13,6 @@ from (seed, s), so a run that is killed and resumed, or split over ranks, sees t
 and masks.
 """
 import contextlib
-import datetime
 import json
 import math
 import os
@@ -21,8 +20,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from common import (FRAMES, RANK, WORLD, Progress, Timed, git_hash, on_gpu, peak_memory, prefetch, say, script,
-                    write_tensors, write_text)
+from common import (FRAMES, RANK, WORLD, Progress, Timed, git_hash, on_gpu, peak_memory, prefetch, say, script, shared,
+                    start_ranks, write_tensors, write_text)
 
 import numpy as np
 import torch
@@ -85,18 +84,6 @@ def other_time(t, last, seed):
 # ---------------------------------------------------------------------------------------------
 # the run
 
-def start_ranks(c):
-    """Join the other processes of torchrun, if there are any, each with its GPU."""
-    if WORLD == 1:
-        return
-    if c.device == 'cuda':
-        if int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
-            raise ValueError(f'more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node')
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    # the others wait while rank 0 simulates or caches, which may take hours
-    dist.init_process_group('nccl' if c.device == 'cuda' else 'gloo', timeout=datetime.timedelta(days=2))
-
-
 def open_data(c):
     """(folder, Split) of the training data.
 
@@ -142,11 +129,8 @@ def initial_model(c, module, options, data, state):
 
 
 def own_checkpoint(path):
-    """A run's checkpoint dict, or None: the first rank's, on all ranks, which may not share a disk."""
-    state = [models.load_checkpoint(path) if RANK == 0 and path.exists() else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(state, src=0)
-    return state[0]
+    """A run's checkpoint dict, or None: the first rank's, on all ranks."""
+    return shared(models.load_checkpoint(path) if RANK == 0 and path.exists() else None)
 
 
 def check_resumable(c, options, steps, state, checkpoint):
@@ -283,7 +267,7 @@ def announce(c, root, data, model, options, steps, step):
 
 def train(c, module, options):
     """The run: data, model, optimizer, then step after step to the end of its schedule."""
-    start_ranks(c)
+    start_ranks(c.device, 'nccl' if c.device == 'cuda' else 'gloo')
     root, data = open_data(c)
     windows = len(data.windows)
     steps = c.steps if c.steps >= 0 else math.ceil(c.epochs * windows / c.batch)

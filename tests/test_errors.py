@@ -119,11 +119,13 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
     refused('eval.py', 'text.pt', cwd=tmp_path, words=['text.pt is not a checkpoint', 'plain tensors'])
 
 
-def test_under_torchrun_the_first_line_says_what_is_wrong(tmp_path):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / 'train.py']
-    p = subprocess.run(**command(torchrun, '--noise', 'nan'), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize('script, flags, word', [('train.py', ['--noise', 'nan'], 'noise'),
+                                                 ('eval.py', ['nowhere'], 'nowhere')])
+def test_under_torchrun_the_first_line_says_what_is_wrong(tmp_path, script, flags, word):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / script]
+    p = subprocess.run(**command(torchrun, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     said = [line for line in p.stderr.splitlines() if 'error: ' in line]
-    assert p.returncode == 1 and said[0].startswith('error: ') and 'noise' in said[0]
+    assert p.returncode == 1 and said[0].startswith('error: ') and word in said[0] and 'RuntimeError' not in p.stderr
     assert "torchrun's own report" in said[0] and sum(line.startswith('error: ') for line in said) == 1
 
 

@@ -4,13 +4,14 @@ import os
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
 import data
 import eval as evaluation
 import probe
-from helpers import MODELS, TINY, files_of, linked
+from helpers import HERE, MODELS, TINY, files_of, linked, run
 from model import find_model, load_checkpoint
 from systems import find_system
 from train import main as train
@@ -208,13 +209,100 @@ def test_probes_see_the_noise_of_training(well, here):
     """Of the std that training had, or that the paper's probe has; on the normalised fields."""
     made(well, 'out/a', '--noise', 0.5)
     run = evaluation.Run('out/a', evaluation.Settings())
-    model = run.model('cpu')
-    model.network.features = lambda x: x.flatten(2)
+    model = seeing_all(run)
     x = run.splits['valid'].load(run.windows['valid'][:4], frames=16)
     clean = model.embed(x)
     for noise, std in (None, 0.5), (0.1, 0.1), (0.0, 0.0):
         added = run.encode(model, noise=noise)(x) - clean
         assert added.std().item() == pytest.approx(std, rel=0.03)
+
+
+def seeing_all(run):
+    """A run's model, whose tokens are now what the encoder would see; the run embeds with it."""
+    model = run.model('cpu')
+    model.network.features = lambda x: x.flatten(2)
+    run.model = lambda *_: model
+    return model
+
+
+def test_a_windows_noise_is_its_own(well, here):
+    """Whatever batch it is in, and before training as after; no two windows, and no two seeds, have the same."""
+    made(well, 'out/a', '--noise', 0.5)
+    added = []
+    for batch in 3, 16:
+        run = evaluation.Run('out/a', evaluation.Settings(stride=24, batch=batch))
+        seeing_all(run)
+        noisy, clean = run.embed(run.name), run.embed(run.name, 0.0)
+        added.append(torch.cat([noisy[name][0] - clean[name][0] for name in run.windows]).flatten(1))
+    assert torch.equal(*added) and torch.equal(run.embed('random init')['valid'][0], noisy['valid'][0])
+    assert added[0].std().item() == pytest.approx(0.5, rel=0.03)
+    run.c.seed = 1
+    again = run.embed(run.name)['valid'][0] - clean['valid'][0]
+    assert torch.corrcoef(torch.cat([added[0], again.flatten(1)])).fill_diagonal_(0).abs().max() < 0.02
+
+
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+def test_two_processes_give_the_table_of_one(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out/a')
+    one, two = (evaluated(tmp_path, script, '--split', 'test') for script in ('eval.py', [*TORCHRUN, HERE / 'eval.py']))
+    assert one == two
+
+
+def evaluated(folder, script, *flags):
+    """All that is said and written of out/a, but for the time it took."""
+    said = run(script, 'out/a', *flags, *QUICK, '--save-embeddings', 'kept.npz', cwd=folder).stdout
+    result, kept = json.loads((folder / 'out/a/eval.json').read_text()), np.load(folder / 'kept.npz')
+    assert len(result['rows']) == 5 and said.count('MSE of z-scored parameters') == 1
+    return ({k: v for k, v in result.items() if k not in ('seconds', 'command')}, {k: kept[k].tolist() for k in kept},
+            [line for line in said.splitlines() if ' min, peak memory ' not in line])
+
+
+def test_processes_share_windows_and_no_disk(trained, tmp_path):
+    """Each embeds its part; the run, with noise, and its tokens, in a file, are with the first."""
+    (tmp_path / 'ranks.py').write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+os.chdir('../disk' + os.environ.get('RANK', '0'))
+import data, eval, probe
+probe.IN_MEMORY, seen, load = 1, [], data.Split.load
+data.Split.load = lambda self, windows, **how: seen.append(len(windows)) or load(self, windows, **how)
+eval.main()
+print(sum(seen), file=open('seen', 'w'))
+""")
+    state = load_checkpoint(trained / 'ckpt.pt')
+    (tmp_path / 'disk0/out/a').mkdir(parents=True)
+    (tmp_path / 'disk1').mkdir()
+    torch.save({**state, 'config': {**state['config'], 'noise': 0.5}}, tmp_path / 'disk0/out/a/ckpt.pt')
+    seen = lambda disk: int((tmp_path / disk / 'seen').read_text())
+    one = evaluated(tmp_path / 'disk0', ['../ranks.py'], '--batch', 5)
+    alone = seen('disk0')
+    two = evaluated(tmp_path / 'disk0', [*TORCHRUN, '../ranks.py'], '--batch', 5)
+    assert one == two and [p.name for p in (tmp_path / 'disk1').iterdir()] == ['seen']
+    assert seen('disk0') + seen('disk1') == alone and abs(seen('disk0') - seen('disk1')) < 0.2 * alone
+
+
+def test_what_a_process_cannot_embed_is_left_out(well, here):
+    """Whichever of them it is, it does not keep the others from the next run."""
+    for model in 'videomae', 'jepa', 'pixels':
+        made(well, f'out/{model}', model=model)
+    (here / 'ranks.py').write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import embed, eval
+batches = embed.Run.batches
+def failing(run, *args):
+    if (run.c.model, os.environ['RANK']) in (('videomae', '0'), ('jepa', '1')):
+        raise ValueError('no windows for ' + run.c.model)
+    yield from batches(run, *args)
+embed.Run.batches = failing
+eval.main()
+""")
+    said = run([*TORCHRUN, 'ranks.py'], '--all', *QUICK, cwd=here).stdout
+    assert [line for line in said.splitlines() if 'left out' in line] == [
+        'left out: no windows for videomae', 'left out: no windows for jepa']
+    assert (here / 'out/pixels/eval.json').exists() and said.count('attentive probe: measured on valid') == 1
 
 
 def test_the_papers_probe(well, here, capsys, monkeypatch):
