@@ -4,10 +4,10 @@ A split's trajectories in one flat file that is memory-mapped afterwards: nanoGP
     files --plan--> how large, what is kept, where each file's part goes
           --store, a process for each of several files--> <settings>-<hash>.bin, and .json that describes it
 
-Every trajectory is cropped and resized as the paper does, channels first; a window is then a slice. The name ends in
-a hash of the files' contents, so changing one makes a new cache. What is interrupted goes on file by file. Three
-ways: float32, the values; int16, half of that, in steps of 1/65534 of the range of a channel in a run; none: no
-cache, windows are read from the HDF5 files.
+Every trajectory is cropped and, if that makes it smaller, resized as the paper does, channels first; a window is then
+a slice. The name ends in a hash of the files' contents, so changing one makes a new cache. What is interrupted goes on
+file by file. Three ways: float32, the values; int16, half of that, in steps of 1/65534 of the range of a channel in a
+run; none: no cache, windows are read from the HDF5 files.
 """
 import bisect
 import concurrent.futures
@@ -43,8 +43,8 @@ LARGE = 2**30               # bytes of a cache that is worth several processes, 
 class Plan:
     """What is kept of a split's files.
 
-    runs: file, trajectory and scalars of each; first: the run that each file begins with; cut: of x and y; grid: its
-    points; shape: runs, channels, frames, H, W.
+    runs: file, trajectory and scalars of each; first: the run that each file begins with; cut: of x and y; shape: runs,
+    channels, frames, H, W; size: H and W of windows, which may be larger; grid: their points.
     """
     files: list
     channels: list
@@ -52,6 +52,7 @@ class Plan:
     shape: tuple
     first: list
     cut: list
+    size: tuple
     grid: tuple
 
     def bytes(self, kind):
@@ -61,7 +62,7 @@ class Plan:
 def plan(files, crop, resolution):
     """Look into all files. crop: (from, to) of x and y as fractions of the grid; then resized, unless resolution is 0.
 
-    Raises ValueError for files that disagree or are too short.
+    Fields that would grow are kept as they are: data.py resizes their windows. Raises ValueError for files that disagree or are too short.
     """
     first, runs, alike = [], [], None
     for file in files:
@@ -77,9 +78,10 @@ def plan(files, crop, resolution):
     if T < WINDOW:
         raise ValueError(f'{files[0]} has {T} frames, a window needs {WINDOW}')
     cut = [slice(round(a * n), round(b * n)) for n, (a, b) in zip(size, crop)]
-    H, W = (resolution, resolution) if resolution else (s.stop - s.start for s in cut)
-    shape, grid = (len(runs), len(channels), T, H, W), grid_points(files[0], cut, (H, W))
-    return Plan(files, channels, runs, shape, first, cut, grid)
+    own = tuple(s.stop - s.start for s in cut)
+    size = (resolution, resolution) if resolution else own
+    shape = len(runs), len(channels), T, *(own if resolution > max(own) else size)
+    return Plan(files, channels, runs, shape, first, cut, size, grid_points(files[0], cut, size))
 
 
 def grid_points(path, cut, shape):
@@ -222,7 +224,7 @@ def stored(of, missing, part, kind, size):
 def describe(of, found, part, path):
     """Name the finished file, and write what it holds beside it. found: what `store` gave, file by file."""
     mean, squares = sum(np.array(file['moments']) for file in found).T / (np.prod(of.shape) / of.shape[1])
-    meta = {'channels': of.channels, 'shape': of.shape, 'grid': of.grid, 'mean': mean.tolist(),
+    meta = {'channels': of.channels, 'shape': of.shape, 'size': of.size, 'grid': of.grid, 'mean': mean.tolist(),
             'std': np.sqrt(np.maximum(squares - mean**2, 0)).tolist(), 'runs': of.runs,
             'scale': sum((file['scale'] for file in found), [])}
     check_steps(meta)
@@ -275,7 +277,7 @@ def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', pro
     if kind == 'none':
         fields = Files(of := plan(files, crop, resolution))
         mean, std = fields.moments()
-        return dict(channels=of.channels, grid=of.grid, mean=mean, std=std, runs=of.runs, scale=[], key=key), fields
+        return dict(channels=of.channels, size=of.size, grid=of.grid, mean=mean, std=std, runs=of.runs, scale=[], key=key), fields
     path = cache_dir / f'{settings}-{key}'
     if not path.with_suffix('.json').exists():
         cache_dir.mkdir(parents=True, exist_ok=True)

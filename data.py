@@ -14,6 +14,7 @@ from common import FRAMES, RANK
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import simulate
 from cache import WINDOW, find_cache
@@ -52,8 +53,8 @@ class Split:
 
     fields: (runs, channels, frames, H, W), of which [run, :, from:to] is read: a memory map of the cache, float32 or
     int16 in `scale`; or, without a cache, the files. channels: names; grid: x, y and the time between
-    frames; mean, std: (channels,) of this split; scalars: {name: (runs,) array}; windows: (n, 2) array of (run, first
-    frame).
+    frames; size: (H, W) of windows, to which smaller fields are resized; mean, std: (channels,) of the fields; scalars:
+    {name: (runs,) array}; windows: (n, 2) array of (run, first frame).
     resolution: side the fields are resized to (0 keeps the file's). stride: frames between window starts.
     whole: keep the whole domain, not the system's part of it. cache: float32, int16 or none.
     """
@@ -75,6 +76,7 @@ class Split:
         self.files = meta['key']                                         # hash of their content
         self.system, self.channels, self.runs, self.grid = system, meta['channels'], meta['runs'], meta['grid']
         self.mean, self.std = np.float32(meta['mean']), np.float32(meta['std'])
+        self.size = tuple(meta.get('size', self.fields.shape[-2:]))      # (H, W) of windows
         self.scale = np.float32(meta['scale'])                           # (runs, channels, 2), or empty
         names = self.runs[0]['scalars']
         self.scalars = {n: np.array([r['scalars'][n] for r in self.runs]) for n in names}
@@ -110,8 +112,8 @@ class Split:
 
     def room(self, windows, frames, crop=0, **settings):
         """An empty float32 tensor (windows, C, frames, h, w), as `load` fills it. settings: pin_memory."""
-        _, C, _, H, W = self.fields.shape
-        return torch.empty(windows, C, frames, crop or H, crop or W, **settings)
+        H, W = self.size
+        return torch.empty(windows, self.fields.shape[1], frames, crop or H, crop or W, **settings)
 
     def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None, out=None):
         """Read windows (B, 2) of (run, first frame) -> float32 tensor (B, C, frames, h, w), raw units; or into `out`.
@@ -119,7 +121,7 @@ class Split:
         crop: side of a square cut at a random place (0: the whole field). augment: a random shift along
         the periodic axes and a random symmetry of the equations. seeds: one per window, for both.
         """
-        H, W = self.fields.shape[-2:]
+        H, W = self.size
         out = self.room(len(windows), frames, crop) if out is None else out
         h, w = out.shape[-2:]
         symmetries = [s for s in self.system.symmetries if h == w or s // 2 % 2 == 0]     # quarter turns need a square
@@ -130,7 +132,10 @@ class Split:
                 shifts = [p and augment for p in self.periodic]          # across the edge only as an augmentation
                 x0, y0 = (rng.integers(n if s else n - k + 1) for n, k, s in zip((H, W), (h, w), shifts))
                 element = symmetries[rng.integers(len(symmetries))] if augment else 0
-            wrapped_copy(self.fields[run, :, t:t + frames], x0, y0, out[i].numpy())
+            fields = self.fields[run, :, t:t + frames]                   # (C, frames, H, W), or smaller in a cache
+            if fields.shape[-2:] != self.size:
+                fields = F.interpolate(torch.from_numpy(np.array(fields, np.float32)), size=self.size, mode='bilinear').numpy()
+            wrapped_copy(fields, x0, y0, out[i].numpy())
             if len(self.scale):
                 step, middle = self.scale[run].T[..., None, None, None]  # (channels, 1, 1, 1) each
                 out[i].mul_(torch.from_numpy(step)).add_(torch.from_numpy(middle))

@@ -73,7 +73,7 @@ class Run:
 
     def field(self):
         """What of a window the encoder is given, in words."""
-        (H, W), (h, w) = self.splits['train'].fields.shape[-2:], self.state['inputs']['size']
+        (H, W), (h, w) = self.splits['train'].size, self.state['inputs']['size']
         part = 'whole domain' if self.c.whole or self.system.crop == ((0, 1), (0, 1)) else "paper's part of the domain"
         tiles = len(models.tile_starts(H, h)) * len(models.tile_starts(W, w))
         tiled = f', in {tiles} tiles of {h} x {w}' if tiles > 1 and not getattr(self.module, 'ANY_SIZE', False) else ''
@@ -135,7 +135,7 @@ class Run:
         if RANK == 0:                                                    # what `embed_along` waits for
             state = {k: v for k, v in self.state.items() if k != 'optimizer'}
             shared((self.path, state, self.windows, what, noise))
-        _, C, _, H, W = self.splits['train'].fields.shape
+        C, (H, W) = len(self.channels), self.splits['train'].size
         size = max(1, min(self.batch, LOADED // (4 * C * FRAMES * H * W)))
         jobs = [(name, i) for name, windows in self.windows.items() for i in range(0, len(windows), size)]
         out, failed = {}, None

@@ -109,7 +109,7 @@ def initial_model(c, module, options, data, state):
     path = models.checkpoint_of(c.init)
     start = state or (models.load_checkpoint(path) if c.init and models.is_checkpoint(path) else None)
     inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic,
-                           (c.crop, c.crop) if c.crop else tuple(data.fields.shape[-2:]), c.views == 'paired',
+                           (c.crop, c.crop) if c.crop else data.size, c.views == 'paired',
                            start['inputs']['published'] if start else bool(c.init))
     mean, std = data.normalization(c.normalize)
     model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype,

@@ -53,6 +53,7 @@ MUTANTS = [                                                              # file,
     ('cache.py', 'if step > 0.01 * std:', 'if step > 0.1 * std:', CACHE + ' -k int16'),
     ('cache.py', 'out.seek(of.first[number]', 'out.seek(of.first[0]', CACHE + ' -k processes'),
     ('cache.py', 'run - self.of.first[number], frames', '0, frames', CACHE + ' -k without'),
+    ('cache.py', 'if resolution > max(own)', 'if False', DATA + ' -k grow'),
     ('probe.py', 'max(1, PART // (4', 'max(9, PART // (4', PROBE),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),

@@ -85,6 +85,19 @@ def test_fields_are_cropped_then_resized(published):
     assert torch.allclose(torch.tensor(split.fields[3]), F.interpolate(x, size=(12, 12), mode='bilinear'), atol=1e-6)
 
 
+@pytest.mark.parametrize('cache', ['float32', 'int16', 'none'])
+def test_fields_that_would_grow_are_kept_as_they_are(published, cache):
+    """And resized window by window; crops are cut from that."""
+    x = torch.tensor(from_file(files_of(published)[1], 1, slice(3, 35)))
+    expected = F.interpolate(x, size=(24, 24), mode='bilinear')
+    for _ in range(2):                                                   # the second finds the cache
+        split = open_split(published, resolution=24, cache=cache)
+        assert split.fields.shape[-2:] == (16, 16) and split.size == (24, 24) and len(split.grid[0]) == 24
+        assert torch.allclose(split.load([(3, 3)])[0], expected, atol=1e-6 if cache != 'int16' else 2e-4)
+    part = split.load([(3, 3)], crop=20, seeds=[5])[0, 0, 0]
+    assert min((expected[0, 0, i:i + 20, j:j + 20] - part).abs().max() for i in range(5) for j in range(5)) < 2e-4
+
+
 @pytest.mark.parametrize('name, shape, cut', [
     ('shear_flow', (256, 512), (slice(None), slice(0, 256))),
     ('rayleigh_benard', (512, 128), (slice(192, 320), slice(None)))])
