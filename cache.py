@@ -62,7 +62,8 @@ class Plan:
 def plan(files, crop, resolution):
     """Look into all files. crop: (from, to) of x and y as fractions of the grid; then resized, unless resolution is 0.
 
-    Fields that would grow are kept as they are: data.py resizes their windows. Raises ValueError for files that disagree or are too short.
+    Fields that would grow are kept as they are: data.py resizes their windows. Raises ValueError for files that
+    disagree or are too short.
     """
     first, runs, alike = [], [], None
     for file in files:
@@ -277,7 +278,8 @@ def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', pro
     if kind == 'none':
         fields = Files(of := plan(files, crop, resolution))
         mean, std = fields.moments()
-        return dict(channels=of.channels, size=of.size, grid=of.grid, mean=mean, std=std, runs=of.runs, scale=[], key=key), fields
+        return dict(channels=of.channels, size=of.size, grid=of.grid, mean=mean, std=std, runs=of.runs, scale=[],
+                    key=key), fields
     path = cache_dir / f'{settings}-{key}'
     if not path.with_suffix('.json').exists():
         cache_dir.mkdir(parents=True, exist_ok=True)

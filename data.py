@@ -134,7 +134,8 @@ class Split:
                 element = symmetries[rng.integers(len(symmetries))] if augment else 0
             fields = self.fields[run, :, t:t + frames]                   # (C, frames, H, W), or smaller in a cache
             if fields.shape[-2:] != self.size:
-                fields = F.interpolate(torch.from_numpy(np.array(fields, np.float32)), size=self.size, mode='bilinear').numpy()
+                own = torch.from_numpy(np.array(fields, np.float32))
+                fields = F.interpolate(own, size=self.size, mode='bilinear').numpy()
             wrapped_copy(fields, x0, y0, out[i].numpy())
             if len(self.scale):
                 step, middle = self.scale[run].T[..., None, None, None]  # (channels, 1, 1, 1) each

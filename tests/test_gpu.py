@@ -15,8 +15,8 @@ import simulate
 import train
 from common import on_gpu
 from encoders import DepthwiseConv3d
-from helpers import BASE, CHANNELS, FLUIDS, MODELS, NANO, RIVALS, TINY, losses, run
-from model import Inputs, build_model, load_run
+from helpers import BASE, FLUIDS, HERE, MODELS, NANO, RIVALS, TINY, losses, run
+from model import load_run
 from test_step import AHEAD, batches, miniature
 
 DEVICE = os.environ.get('DEVICE', 'cuda')
@@ -108,8 +108,7 @@ def test_the_depthwise_convolution(layout):
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_ranks_on_gpus(ranks, well, tmp_path):
     """NCCL, each with its GPU: the losses of one process. More than there are is refused in one line."""
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', 'train.py']
-    torchrun[-1] = str(config.__file__).replace('config.py', 'train.py')
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', HERE / 'train.py']
     flags = [*NANO, '--noise', 0, '--steps', 5, *ON_GPU, well]
     if ranks > torch.cuda.device_count():
         assert 'lower --nproc_per_node' in run(torchrun, *flags, '--out', 'two', cwd=tmp_path, code=1).stderr
@@ -117,6 +116,12 @@ def test_ranks_on_gpus(ranks, well, tmp_path):
     run(torchrun, *flags, '--out', 'ranks', cwd=tmp_path)
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
     assert np.allclose(losses(tmp_path / 'ranks'), losses(tmp_path / 'one'), rtol=1e-2, atol=1e-3)
+    torchrun[-1] = str(HERE / 'eval.py')
+    for script in torchrun, 'eval.py':
+        run(script, 'one', '--epochs', 2, cwd=tmp_path)
+        rows = json.loads((tmp_path / 'one/eval.json').read_text())['rows']
+        first = rows if script is torchrun else first
+    assert rows['random init']['linear'] == pytest.approx(first['random init']['linear'], rel=1e-2)
 
 
 @pytest.mark.parametrize('name', ['active_matter', *FLUIDS])
@@ -148,5 +153,8 @@ def test_noise_is_the_steps_own(tmp_path, monkeypatch):
     c, model, x, labels = miniature([*NANO, '--device', 'cuda', '--noise', 1.0], monkeypatch, tmp_path)
     model.to('cuda')
     sgd = torch.optim.SGD(model.parameters(), 0.0)
-    loss = lambda step: float(train.train_step(model, model.network, sgd, batches(c, x.cuda(), labels), c, step)['loss'])
+
+
+    def loss(step):
+        return float(train.train_step(model, model.network, sgd, batches(c, x.cuda(), labels), c, step)['loss'])
     assert loss(1) == pytest.approx(loss(1), rel=1e-5) and abs(loss(1) - loss(2)) > 1e-4 * loss(1)
