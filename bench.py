@@ -6,8 +6,8 @@ Speed and memory of each part against its plain version, measured side by side i
     python bench.py --only simulation,steps      # some parts; --help lists them
 
 Prints one table: what, plain, ours, ratio (above 1: ours is better). Where both compute the same thing, that
-is checked first. Times are medians; the two sides take turns, so that a busy machine slows both alike. A second
-table, `steps`, is bench_steps.py.
+is checked first. Times are medians; the two sides take turns, so that a busy machine slows both alike. `loader` is
+bench_loader.py; a second table, `steps`, is bench_steps.py.
 """
 import copy
 import json
@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import bench_loader
 import bench_steps
 import simulate
 from baselines.disco import DISCO, WELL
@@ -373,8 +374,14 @@ def readings(device):
     reading(64, crop=32)
 
 
+def loader(device):
+    """Batches of windows, in threads or in processes."""
+    for what, plain, ours, unit, less_is_better in bench_loader.compare(device):
+        row(what, plain, ours, unit, less_is_better)
+
+
 PARTS = {part.__name__: part for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe,
-                                          physics_models, simulation, reference_runs, readings)}
+                                          physics_models, simulation, reference_runs, readings, loader)}
 PARTS |= {'steps': bench_steps.table}                                    # a table of its own, the last
 
 
