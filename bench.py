@@ -1,11 +1,13 @@
 """
 Speed and memory of each part against its plain version, measured side by side in one run.
 
-    python bench.py                              # CUDA if there is one, else CPU: under two minutes on 2 cores
+    python bench.py                              # CUDA if there is one, else CPU: about three minutes on 2 cores
     python bench.py --device cpu --json bench.json
+    python bench.py --only simulation,steps      # some parts; --help lists them
 
 Prints one table: what, plain, ours, ratio (above 1: ours is better). Where both compute the same thing, that
-is checked first. Times are medians; the two sides take turns, so that a busy machine slows both alike.
+is checked first. Times are medians; the two sides take turns, so that a busy machine slows both alike. `loader` is
+bench_loader.py; a second table, `steps`, is bench_steps.py.
 """
 import copy
 import json
@@ -24,9 +26,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import bench_loader
+import bench_steps
 import simulate
 from baselines.disco import DISCO, WELL
 from baselines.mpp import MPP
+from bench_steps import seconds
 from data import WINDOW, Split
 from encoders import ChannelNorm, DepthwiseConv3d
 from jepa import JEPA
@@ -44,21 +49,6 @@ def row(what, plain, ours, unit, less_is_better=True):
     ratio = plain / ours if less_is_better else ours / plain
     ROWS.append({'what': what, 'plain': plain, 'ours': ours, 'unit': unit, 'ratio': ratio})
     print(f'{what:58} {plain:9.4g} {ours:9.4g} {unit:12} {ratio:6.1f}x', flush=True)
-
-
-def seconds(functions, device, repeats=5, warmup=1):
-    """Median seconds of each function, called in turns."""
-    times = [[] for _ in functions]
-    for i in range(warmup + repeats):
-        for f, t in zip(functions, times):
-            if device == 'cuda':
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            f()
-            if device == 'cuda':
-                torch.cuda.synchronize()
-            t.append(time.perf_counter() - start)
-    return [float(np.median(t[warmup:])) for t in times]
 
 
 def plain_version(model, channels_first=False):
@@ -377,29 +367,47 @@ def reference_runs(device):
     torch.set_num_threads(threads)
 
 
+def readings(device):
+    """Windows one by one, on the CPU whatever the device."""
+    reading(256, resolution=224)
+    reading(64)
+    reading(64, crop=32)
+
+
+def loader(device):
+    """Batches of windows, in threads or in processes."""
+    for what, plain, ours, unit, less_is_better in bench_loader.compare(device):
+        row(what, plain, ours, unit, less_is_better)
+
+
+PARTS = {part.__name__: part for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe,
+                                          physics_models, simulation, reference_runs, readings, loader)}
+PARTS |= {'steps': bench_steps.table}                                    # a table of its own, the last
+
+
 @dataclass
 class Settings:
     device: str = option('auto', 'cuda, cpu, or auto', 'machine')
+    only: str = option('', 'parts, with commas between: ' + ', '.join(PARTS), 'machine')
     json: str = option('', 'also write the numbers to this file', 'machine')
 
 
 @script
 def main(argv=None):
     args, = parse(__doc__, Settings, argv)
-    device, path = pick_device(args.device), Path(args.json)
+    device, path, names = pick_device(args.device), Path(args.json), args.only.split(',') if args.only else [*PARTS]
+    if unknown := set(names) - set(PARTS):
+        raise ValueError(f'no part {", ".join(sorted(unknown))}: choose from {", ".join(PARTS)}')
     if args.json and not path.absolute().parent.is_dir():
         raise ValueError(f'{path.parent} is no folder to write {path.name} to')
     machine = torch.cuda.get_device_name() if device == 'cuda' else 'CPU'
     machine += f', {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}'
-    print(f'{machine}\n\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
-    for part in (training_step, convolution, one_batch, masked_autoencoder, attentive_probe, physics_models,
-                 simulation, reference_runs):
-        part(device)
-    reading(256, resolution=224)
-    reading(64)
-    reading(64, crop=32)
+    print(machine)
+    if names != ['steps']:
+        print(f'\n{"what":58} {"plain":>9} {"ours":>9} {"":12} {"ratio":>7}')
+    found = {name: PARTS[name](device) for name in PARTS if name in names}
     if args.json:
-        write_text(path, json.dumps({'machine': machine, 'rows': ROWS}, indent=1))
+        write_text(path, json.dumps({'machine': machine, 'rows': ROWS, 'steps': found.get('steps', [])}, indent=1))
 
 
 if __name__ == '__main__':

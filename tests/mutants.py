@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'statistics'))
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
 LOSSES, VJEPA, PIXELS, CACHE = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'cache'))
+BENCH, LOADER = 'tests/test_bench.py', 'tests/test_bench_loader.py'
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -55,6 +56,13 @@ MUTANTS = [                                                              # file,
     ('cache.py', 'run - self.of.first[number], frames', '0, frames', CACHE + ' -k without'),
     ('cache.py', 'if resolution > max(own)', 'if False', DATA + ' -k grow'),
     ('probe.py', 'max(1, PART // (4', 'max(9, PART // (4', PROBE),
+    # what the benchmark counts
+    ('bench_steps.py', 'return sum(wanted[:2]) * 2', 'return sum(wanted[:2]) * groups * 2', BENCH + ' -k convolutions'),
+    ('bench_steps.py', '(3 * q[3] + 2 * v[3])', '(2 * q[3] + 2 * v[3])', BENCH + ' -k attention'),
+    ('bench_steps.py', 'sum(d > 3 for d in apart)', 'sum(d > 2 for d in apart)', BENCH + ' -k depthwise'),
+    ('bench_steps.py', "group['lr'] = 0.0", 'pass', BENCH + ' -k training_step'),
+    ('bench_loader.py', 'source.n_windows_per_trajectory[0], 1]', '0, 1]', LOADER + ' -k both_loaders'),
+    ('bench_loader.py', 'sum(waits[1:])', 'sum(waits)', LOADER + ' -k waiting'),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
     ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
