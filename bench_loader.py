@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import FRAMES, prefetch
+from common import FRAMES, Timed, prefetch
 
 import numpy as np
 import torch
@@ -79,21 +79,12 @@ def drop(folder):
 
 def waiting(step, batches, steps):
     """Share of the time of training steps that they wait for their batches, without the first."""
-    waits, ends = [], []
-
-    def timed():
-        source = iter(batches)
-        while True:
-            start = time.perf_counter()
-            x = next(source)
-            waits.append(time.perf_counter() - start)
-            yield x, None                                                # no labels
-
-    feed = timed()
-    for _ in range(steps):
+    feed = Timed((x, None) for x in batches)                             # no labels
+    step(feed)
+    started, waited = time.perf_counter(), feed.seconds
+    for _ in range(1, steps):
         step(feed)
-        ends.append(time.perf_counter())
-    return sum(waits[1:]) / (ends[-1] - ends[0])
+    return (feed.seconds - waited) / (time.perf_counter() - started)
 
 
 def compare(device, grid=256, side=224):
