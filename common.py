@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from remote import StoreError, path_of
+
 FRAMES = 16                 # of context, and as many of target
 SPLITS = 'train', 'valid', 'test'
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))     # torchrun sets them
@@ -127,7 +129,7 @@ def script(main):
         keep_freed_memory()
         try:
             return main(*args)
-        except (ValueError, OSError, FloatingPointError) as e:
+        except (ValueError, OSError, FloatingPointError, StoreError) as e:
             note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
             if RANK > 0:                                                 # the first rank says it, if it can
                 time.sleep(3)
@@ -232,8 +234,8 @@ def prefetch(load, jobs, workers):
 # files
 
 def data_folder(flag, of_run=''):
-    """The folder of datasets: the flag's, else $THE_WELL_DATA_DIR, else that of a run, else data."""
-    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
+    """The folder of datasets, or its URL: the flag's, else $THE_WELL_DATA_DIR, else that of a run, else data."""
+    return path_of(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
 
 
 def write_bytes(path, content):

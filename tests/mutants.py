@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'statistics'))
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
 LOSSES, VJEPA, PIXELS, CACHE = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'cache'))
+REMOTE = 'tests/test_remote.py'
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -53,6 +54,11 @@ MUTANTS = [                                                              # file,
     ('cache.py', 'if step > 0.01 * std:', 'if step > 0.1 * std:', CACHE + ' -k int16'),
     ('cache.py', 'out.seek(of.first[number]', 'out.seek(of.first[0]', CACHE + ' -k processes'),
     ('cache.py', 'run - self.of.first[number], frames', '0, frames', CACHE + ' -k without'),
+    ('remote.py', 'os.replace(part.name, path)', 'return open(part.name, "rb")', REMOTE + ' -k second'),
+    ('remote.py', 'if len(content) != end - start:', 'if False:', REMOTE + ' -k short'),
+    ('remote.py', 'class StoreError(Exception)', 'class StoreError(OSError)', REMOTE + ' -k goes_on'),
+    ('remote.py', 'shutil.rmtree(path.blocks, ignore_errors=True)', 'pass', REMOTE + ' -k one_at_a_time'),
+    ('cache.py', 'len(of.files) + sum(passing)', 'len(of.files)', REMOTE + ' -k hold'),
     ('probe.py', 'max(1, PART // (4', 'max(9, PART // (4', PROBE),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
