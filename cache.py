@@ -7,7 +7,8 @@ A split's trajectories in one flat file that is memory-mapped afterwards: nanoGP
 Every trajectory is cropped and, if that makes it smaller, resized as the paper does, channels first; a window is then
 a slice. The name ends in a hash of the files' contents, so changing one makes a new cache. What is interrupted goes on
 file by file. Three ways: float32, the values; int16, half of that, in steps of 1/65534 of the range of a channel in a
-run; none: no cache, windows are read from the HDF5 files.
+run; none: no cache, windows are read from the HDF5 files. Of remote files, the cache's folder keeps what was read
+(remote.py): for good if it is none, else until the file is stored.
 """
 import bisect
 import concurrent.futures
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from remote import Remote, forget, kept_in, opened
 from systems import spatial_axes
 from well import read_file
 
@@ -88,7 +90,7 @@ def plan(files, crop, resolution):
 def grid_points(path, cut, shape):
     """(x, y, time step) of what is kept of a file: its own coordinates, cut and resized like the fields."""
     points = []
-    with h5py.File(path) as f:
+    with h5py.File(opened(path)) as f:
         time = np.asarray(f['dimensions'].get('time', [0.0, 1.0]), float).ravel()
         for axis, kept, n in zip(spatial_axes(f), cut, shape):
             own = f['dimensions'][axis][kept] if axis in f['dimensions'] else np.arange(kept.start, kept.stop)
@@ -100,9 +102,15 @@ def grid_points(path, cut, shape):
 
 
 def content_key(files):
-    """Hash of the files' names, sizes, times and sixteen blocks of each: cheap, and new whenever one is rewritten."""
+    """Hash of the files' names, sizes, times and sixteen blocks of each: cheap, and new whenever one is rewritten.
+
+    Of a remote file, of what its store tells.
+    """
     h = hashlib.sha256(b'3')                                             # the form of the cache
     for path in files:
+        if isinstance(path, Remote):
+            h.update(f'{path.name} {path.version}'.encode())
+            continue
         s = path.stat()
         h.update(f'{path.name} {s.st_size} {s.st_mtime_ns}'.encode())
         with open(path, 'rb') as f:
@@ -171,18 +179,20 @@ def quantise(x):
 def build(of, kind, path, progress=True):
     """Write <path>.bin and <path>.json. Killed, and called again, it goes on with the files that are missing.
 
-    Raises ValueError if the disk cannot hold it, before anything is written, and for files that will not do.
+    Of remote files, what was read of those in progress is on disk, too. Raises ValueError if the disk cannot hold it,
+    before anything is written, and for files that will not do; StoreError, which leaves what is stored.
     """
     own = f'{path.name}.{platform.node()}'                               # of this node
     part, done = path.with_name(own + '.part'), path.with_name(own + '.done')
     lines = [json.loads(line) for line in done.read_text().splitlines() if line.endswith('}')] if done.exists() else []
     found = {line['number']: line for line in lines} if part.exists() else {}
     missing, size = [i for i in range(len(of.files)) if i not in found], of.bytes(kind)
-    needed, free = size * len(missing) / len(of.files), shutil.disk_usage(path.parent).free
+    passing = sorted(of.files[i].size for i in missing if isinstance(of.files[i], Remote))[-workers(missing, size):]
+    needed, free = size * len(missing) / len(of.files) + sum(passing), shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(f'the cache of {of.files[0].parent} needs {needed / 1e9:.1f} GB and {path.parent} has '
-                         f'{free / 1e9:.1f} GB free: --cache int16 halves it, --cache none needs none, --cache-dir '
-                         f'puts it elsewhere')
+                         f'{free / 1e9:.1f} GB free: --cache int16 halves it, '
+                         + '--cache none needs none, ' * (not passing) + '--cache-dir puts it elsewhere')
     if progress and size > LARGE:
         say(f'{path.name}: a cache of {size / 1e9:.1f} GB from {len(of.files)} files'
             + f', {len(found)} of them stored before' * bool(found))
@@ -195,8 +205,11 @@ def build(of, kind, path, progress=True):
                 found[i] = result
                 log.write(json.dumps({'number': i, **result}) + '\n')
                 log.flush()
+                forget(of.files[i])
                 bar.update()
         describe(of, [found[i] for i in range(len(of.files))], part, path)
+        for file in of.files:
+            forget(file)                                                 # also of one that was looked into again
     except BrokenProcessPool:
         raise ChildProcessError(f'a process that cached {of.files[0].parent} was killed, perhaps for its memory; what '
                                 f'is stored is kept: run this again') from None
@@ -207,10 +220,16 @@ def build(of, kind, path, progress=True):
     done.unlink()
 
 
+def workers(missing, size):
+    """How many processes store the missing files of a cache of `size` bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(cores, len(missing), 8)) if size >= LARGE else 1
+
+
 def stored(of, missing, part, kind, size):
     """(number, what `store` gives) of each missing file as it is done, by several processes if it is worth it."""
-    jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), len(missing), 8)
-    if size < LARGE or jobs < 2:
+    jobs = workers(missing, size)
+    if jobs < 2:
         yield from ((i, store(of, i, part, kind)) for i in missing)
         return
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
@@ -274,7 +293,7 @@ def find_cache(files, crop, resolution, cache_dir, settings, kind='float32', pro
     meta: what the .json says. fields: memory map (runs, C, frames, H, W), or Files if kind is 'none'. Processes of one
     computer wait for the one that builds; another computer, which may have another disk, builds its own.
     """
-    key = content_key(files)
+    key, files = content_key(files), [kept_in(cache_dir, file) for file in files]
     if kind == 'none':
         fields = Files(of := plan(files, crop, resolution))
         mean, std = fields.moments()

@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from remote import StoreError, path_of
+
 torch.backends.cudnn.allow_tf32 = True                                   # in convolutions, and not in matrix products:
 torch.backends.cuda.matmul.allow_tf32 = False                            # as the official trainer runs
 
@@ -136,7 +138,7 @@ def script(main):
         except Exception as e:
             if RANK > 0:                                                 # the first rank says it, if it can
                 time.sleep(10)
-            if not isinstance(e, (ValueError, OSError, FloatingPointError)):
+            if not isinstance(e, (ValueError, OSError, FloatingPointError, StoreError)):
                 raise
             note = " (torchrun's own report, with exit code 1, follows and adds nothing)" if WORLD > 1 else ''
             print(f'error: {" ".join(str(e).split())}{note}', file=sys.stderr, flush=True)
@@ -311,8 +313,8 @@ def gathered(value):
 # files
 
 def data_folder(flag, of_run=''):
-    """The folder of datasets: the flag's, else $THE_WELL_DATA_DIR, else that of a run, else data."""
-    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
+    """The folder of datasets, or its URL: the flag's, else $THE_WELL_DATA_DIR, else that of a run, else data."""
+    return path_of(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
 
 
 def write_bytes(path, content):

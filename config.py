@@ -34,10 +34,12 @@ class Config:
     data: str = of_data(systems.DEFAULT, 'system: ' + ', '.join(systems.system_names()) + ', or another of The Well\'s')
     model: str = option(models.DEFAULT, ', '.join(models.model_names()))
     preset: str = option('auto', 'nano, paper or smoke; auto: nano on data simulated by the nano preset, else paper')
-    data_dir: str = of_data('', "folder of datasets in The Well's layout (default: $THE_WELL_DATA_DIR, else data)")
+    data_dir: str = of_data('', "folder of datasets in The Well's layout, or its URL, like hf://datasets/polymathic-ai "
+                               '(default: $THE_WELL_DATA_DIR, else data)')
     cache: str = of_data('float32', 'preprocessed trajectories on disk: float32; int16, half of that; or none, which '
                                     "reads The Well's files again and again")
-    cache_dir: str = of_data('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache)')
+    cache_dir: str = of_data('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache; '
+                                'of a URL, data/cache)')
     resolution: int = of_data(System.resolution, 'side the fields are resized to; 0 keeps the file\'s')
     whole: bool = of_data(False, 'keep the whole domain; else the part of it that the paper uses')
     crop: int = of_data(0, 'side of the random square cut from each training window; 0: the whole field')

@@ -1,7 +1,7 @@
 """
 The Well's HDF5 files as windows of named channels, for pretraining and probing.
 
-    <data dir>/<system>/data/{train,valid,test}/*.hdf5    what The Well ships and simulate.py writes
+    <data dir>/<system>/data/{train,valid,test}/*.hdf5    what The Well ships and simulate.py writes; or at a URL
 
 Opening a split builds a cache once (cache.py). A window is then a slice of it, cut, shifted and turned.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import simulate
 from cache import WINDOW, find_cache
+from remote import Remote, path_of
 from systems import find_system, system_names
 
 
@@ -25,13 +26,17 @@ def find_dataset(name, data_dir, build=False, seed=0):
     """(folder, System, preset it was simulated with or None) of a system's dataset.
 
     `data_dir`/`name`, or where the-well-download puts it, `data_dir`/datasets/`name`. With `build`, a dataset that is
-    missing is simulated (the nano preset, from `seed`), and a half-simulated one finished. Raises ValueError for an
-    unknown system.
+    missing is simulated (the nano preset, from `seed`), and a half-simulated one finished; never at a URL. Raises
+    ValueError for an unknown system, and if there is nothing at a URL.
     """
-    root = Path(data_dir) / name
-    if not root.exists() and (Path(data_dir) / 'datasets' / name).exists():
-        root = Path(data_dir) / 'datasets' / name
-    if build and name in system_names():
+    data_dir = path_of(data_dir)
+    root = data_dir / name
+    if not root.exists() and (data_dir / 'datasets' / name).exists():
+        root = data_dir / 'datasets' / name
+    if isinstance(root, Remote):
+        if not any(root.glob('data/*/*.h*5')):
+            raise ValueError(f"no dataset at {root}: it would hold data/train/*.hdf5, in The Well's layout")
+    elif build and name in system_names():
         if recipe := read_recipe(root):
             simulate.make_dataset(name, root.parent, **recipe)
         elif not any(root.glob('data/*/*.h*5')):
@@ -42,7 +47,7 @@ def find_dataset(name, data_dir, build=False, seed=0):
 
 def read_recipe(root):
     """{'preset', 'seed'} that a dataset was simulated with; {} if it was not."""
-    return {k: v for k, v in simulate.read_note(Path(root)).items() if k in ('preset', 'seed')}
+    return {k: v for k, v in simulate.read_note(path_of(root)).items() if k in ('preset', 'seed')}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,17 +66,18 @@ class Split:
 
     def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, progress=RANK == 0, whole=False,
                  cache='float32'):
-        folder = Path(root) / 'data' / split
+        root = path_of(root)
+        folder = root / 'data' / split
         files = sorted(folder.glob('*.h*5'))
         if not files:
             raise ValueError(f"no HDF5 files in {folder}: point --data-dir at a folder in The Well's layout")
-        cache_dir = Path(cache_dir or Path(root) / 'cache')
+        cache_dir = Path(cache_dir or ('data/cache' if isinstance(root, Remote) else root / 'cache'))
         crop, self.periodic = system.part(whole)
         settings = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '') + '-int16' * (
             cache == 'int16')
-        if cache_dir != Path(root) / 'cache':                            # a folder that several datasets may share
-            place = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:6]
-            settings = f'{Path(root).name}-{place}-{settings}'
+        if cache_dir != root / 'cache':                                  # a folder that several datasets may share
+            place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
+            settings = f'{root.name}-{place}-{settings}'
         meta, self.fields = find_cache(files, crop, resolution, cache_dir, settings, cache, progress)
         self.files = meta['key']                                         # hash of their content
         self.system, self.channels, self.runs, self.grid = system, meta['channels'], meta['runs'], meta['grid']

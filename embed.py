@@ -19,6 +19,7 @@ import model as models
 import probe
 from config import Config
 from data import WINDOW, Split, find_dataset, read_recipe
+from remote import StoreError
 from systems.numerics import Grid
 
 LOADED = 2**26             # bytes of windows that are embedded at once
@@ -161,7 +162,7 @@ def or_its_error(things):
     """What an iterator gives; from where it fails on, the error, endlessly."""
     try:
         yield from things
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, StoreError) as e:
         yield from itertools.repeat(e)
 
 

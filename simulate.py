@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 import torch
 
+from remote import Remote, path_of
 from systems import find_system, system_names
 
 RESOLVED = 1e-3         # largest share of the energy in the last third of the spectrum of a resolved run
@@ -154,8 +155,11 @@ def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device
 
     Every run's initial condition depends on (seed, split, pair, run) alone, and the runs that are advanced
     together never change, so the same seed gives the same bytes however often it is cut. Raises ValueError if the
-    folder holds data that this call did not make, and, unless `unresolved`, if the grid does not resolve a run.
+    folder holds data that this call did not make or is at a URL, and, unless `unresolved`, if the grid does not
+    resolve a run.
     """
+    if isinstance(path_of(data_dir), Remote):
+        raise ValueError(f'nothing is written to {data_dir}: simulate into a folder of this computer')
     p = find_system(name).preset(preset)
     root = Path(data_dir) / name
     recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}

@@ -4,6 +4,7 @@ The Well's HDF5 format: one file as named channels.
 import h5py
 import numpy as np
 
+from remote import opened, path_of
 from systems import spatial_axes
 
 
@@ -15,9 +16,9 @@ def read_file(path):
     naming the file.
     """
     try:
-        f = h5py.File(path, 'r')
+        f = h5py.File(opened(path), 'r')
     except OSError as e:
-        with open(path, 'rb') as raw:
+        with path_of(path).open('rb') as raw:
             page = raw.read(512).lstrip()[:1] == b'<'
         raise ValueError(f'{path} is not a readable HDF5 file (' + ('but a web page: the download failed' if page else
                          str(e)) + '): download or simulate it again') from None

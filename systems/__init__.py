@@ -12,6 +12,8 @@ from pathlib import Path
 
 import h5py
 
+from remote import opened, path_of
+
 DEFAULT = 'active_matter'
 
 
@@ -93,10 +95,10 @@ def find_system(name, root=None):
     """
     if name in system_names():
         return importlib.import_module(f'systems.{name}').SYSTEM
-    files = sorted(Path(root).glob('data/*/*.h*5')) if root else []
+    files = sorted(path_of(root).glob('data/*/*.h*5')) if root else []
     if not files:
         raise ValueError(f'unknown system {name!r}: systems/ has {", ".join(system_names())}, and there is no dataset '
-                         f'of that name' + (f' in {Path(root).parent}' if root else ''))
+                         f'of that name' + (f' in {path_of(root).parent}' if root else ''))
     return System(periodic=periodic_axes(files[0]))
 
 
@@ -109,7 +111,7 @@ def periodic_axes(path):
     """Is (x, y) periodic, by a file's `boundary_conditions`? Not if it does not say so."""
     text = lambda a: a.decode() if isinstance(a, bytes) else str(a)
     try:
-        with h5py.File(path, 'r') as f:
+        with h5py.File(opened(path), 'r') as f:
             axes = spatial_axes(f)
             periodic = {text(a) for condition in f['boundary_conditions'].values()
                         if text(condition.attrs['bc_type']).upper() == 'PERIODIC'

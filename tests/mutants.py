@@ -18,6 +18,7 @@ PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protoc
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
 LOSSES, VJEPA, PIXELS, CACHE = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'cache'))
 BENCH, LOADER = 'tests/test_bench.py', 'tests/test_bench_loader.py'
+REMOTE = 'tests/test_remote.py'
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -55,6 +56,11 @@ MUTANTS = [                                                              # file,
     ('cache.py', 'out.seek(of.first[number]', 'out.seek(of.first[0]', CACHE + ' -k processes'),
     ('cache.py', 'run - self.of.first[number], frames', '0, frames', CACHE + ' -k without'),
     ('cache.py', 'if resolution > max(own)', 'if False', DATA + ' -k grow'),
+    ('remote.py', 'os.replace(part.name, path)', 'return open(part.name, "rb")', REMOTE + ' -k second'),
+    ('remote.py', 'if len(content) != end - start:', 'if False:', REMOTE + ' -k short'),
+    ('remote.py', 'class StoreError(Exception)', 'class StoreError(OSError)', REMOTE + ' -k goes_on'),
+    ('remote.py', 'shutil.rmtree(path.blocks, ignore_errors=True)', 'pass', REMOTE + ' -k one_at_a_time'),
+    ('cache.py', 'len(of.files) + sum(passing)', 'len(of.files)', REMOTE + ' -k hold'),
     ('probe.py', 'max(1, PART // (4', 'max(9, PART // (4', PROBE),
     # what the benchmark counts
     ('bench_steps.py', 'return sum(wanted[:2]) * 2', 'return sum(wanted[:2]) * groups * 2', BENCH + ' -k convolutions'),
@@ -62,7 +68,7 @@ MUTANTS = [                                                              # file,
     ('bench_steps.py', 'sum(d > 3 for d in apart)', 'sum(d > 2 for d in apart)', BENCH + ' -k depthwise'),
     ('bench_steps.py', "group['lr'] = 0.0", 'pass', BENCH + ' -k training_step'),
     ('bench_loader.py', 'source.n_windows_per_trajectory[0], 1]', '0, 1]', LOADER + ' -k both_loaders'),
-    ('bench_loader.py', 'sum(waits[1:])', 'sum(waits)', LOADER + ' -k waiting'),
+    ('bench_loader.py', 'feed.seconds - waited', 'feed.seconds', LOADER + ' -k waiting'),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
     ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
