@@ -67,7 +67,7 @@ class Config:
     dtype: str = of_machine('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
     save_every: int = of_machine(100, 'steps between checkpoints')
     recompute: bool = of_machine(False, 'keep the inputs of blocks alone for the backward pass, which computes the '
-                                        'rest again: less memory, a quarter slower', bare=True)
+                                        'rest again: less memory, a third slower', bare=True)
     compile: bool = of_machine(False, 'torch.compile the network', bare=True)
     log_every: int = of_machine(1, 'steps between looks at what they gave, each of which waits for the GPU')
 
