@@ -213,7 +213,7 @@ def smooth_fields(c):
 def measure(what, c, options, repeats):
     """A row of the table: a dict."""
     network, train = trainer(c, options)
-    batches = itertools.repeat((smooth_fields(c), None))
+    batches = itertools.repeat((smooth_fields(c).to(c.device), None))
     step = lambda: train(batches)
     n = 8192 if c.device == 'cuda' else 1024
     square = torch.randn(n, n, device=c.device, dtype=getattr(torch, c.dtype))

@@ -249,11 +249,16 @@ class Timed:
             self.seconds += time.perf_counter() - start
 
 
+def sent(x, device):
+    """A CPU tensor on a device, which nobody waits for."""
+    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
+
+
 def on_gpu(batches):
     """Tuples of CPU tensors (pinned ones, if it is to be of use) on the GPU, each copied while the one before is used.
 
     The processor, which does not wait for what it asks of the GPU, is held back here, two batches ahead of it: it
-    would fill the GPU's memory.
+    would fill the GPU's memory. Three batches may be there at a time.
     """
     copies, ahead, used = torch.cuda.Stream(), deque(), deque()
     for batch in itertools.chain(batches, [None]):
@@ -266,7 +271,9 @@ def on_gpu(batches):
             for part in parts:
                 part.record_stream(torch.cuda.current_stream())          # whose work is done before its memory is free
             yield parts
-            used.append(torch.cuda.current_stream().record_event())
+            del parts, part                                              # the batch may be let go
+            used.append(torch.cuda.Event(blocking=True))
+            used[-1].record()
             if len(used) > 1:
                 used.popleft().synchronize()
 

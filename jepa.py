@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 import encoders
-from common import at_least, check_state, option, published_state
+from common import at_least, check_state, option, published_state, sent
 from encoders import Block, EncoderOptions, build_encoder, check_encoder
 from ema import check_momentum, move_teacher
 from infonce import infonce_loss_maps
@@ -146,7 +146,7 @@ class JEPA(nn.Module):
         if self.standardize:
             p = standardize(p)
         if not self.paired:
-            partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device, non_blocking=True)
+            partner = sent(torch.randperm(z[0, 0].numel(), generator=generator), z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
         with torch.autocast(p.device.type, enabled=False):               # statistics in full precision
             return self.loss(p, z_next, generator=generator)

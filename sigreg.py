@@ -16,6 +16,7 @@ view with their mean, which for two views is a quarter of (x - y)^2: its w of 0.
 import torch
 import torch.nn.functional as F
 
+from common import sent
 from vicreg import in_full
 
 
@@ -46,6 +47,6 @@ def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
     rank a `generator` in the same state). In at least float32.
     """
     x, y = (in_full(z).movedim(1, -1).flatten(0, 2) for z in (x, y))     # (B*H*W, D)
-    a = random_directions(x.shape[1], directions, generator).to(x, non_blocking=True)     # (D, K)
+    a = sent(random_directions(x.shape[1], directions, generator), x.device).to(x)       # (D, K)
     sim, normal = F.mse_loss(x, y), (sigreg(x, a) + sigreg(y, a)) / 2
     return {'loss': (1 - sigreg_coeff) * sim + sigreg_coeff * normal, 'sim': sim, 'sigreg': normal}

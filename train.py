@@ -175,7 +175,8 @@ def train_step(model, forward, optimizer, batches, c, step):
                 raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
         for name, value in losses.items():
-            value = torch.as_tensor(value, device=x.device).detach().double()
+            value = value if torch.is_tensor(value) else torch.full((), value, device=x.device)
+            value = value.detach().double()
             sums[name] = sums.get(name, 0.0) + value / accumulate
     finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
     optimizer.step()
@@ -186,7 +187,8 @@ class Log:
     """A run's log.jsonl, a line for each step, and its progress bar.
 
     What a step gives is kept in `unread`, on the device; `read` gets it all from there at once. seconds: of training
-    so far; loaded: the Timed iterator that the steps wait for.
+    so far; loaded: the Timed iterator that the steps wait for; `waiting` is that share of their time (the processor's: a
+    GPU has two batches in hand).
     """
 
     def __init__(self, c, step, steps, seconds, loaded):
@@ -213,7 +215,6 @@ class Log:
             dist.all_reduce(values)
         values, n = iter((values / WORLD).tolist()), len(self.unread)    # here one waits for the GPU
         took, waited = (time.perf_counter() - self.started) / n, (self.loaded.seconds - self.waited) / n
-        lines = []
         for step, rate, terms in self.unread:
             read = {name: next(values) for name in terms}                # means over the global batch
             finite = read.pop('finite') == 1
@@ -223,13 +224,13 @@ class Log:
                                          f'{"" if finite else "not "}finite; the last good checkpoint is kept '
                                          f'({kept}): try a lower --lr')
             self.seconds += took
-            lines.append({'step': step, **read, 'lr': rate, 'samples_per_s': self.batch / took, 'seconds': self.seconds,
-                          'waiting': waited / took, 'memory_gb': peak_memory()})
-        if RANK == 0 and embedding is not None:
-            lines[-1] |= models.embedding_health(embedding)
-        self.file.write(''.join(json.dumps(line) + '\n' for line in lines))
+            last = RANK == 0 and step == self.unread[-1][0] and embedding is not None
+            health = models.embedding_health(embedding) if last else {}
+            self.file.write(json.dumps({
+                'step': step, **read, **health, 'lr': rate, 'samples_per_s': self.batch / took,
+                'seconds': self.seconds, 'waiting': waited / took, 'memory_gb': peak_memory()}) + '\n')
         self.file.flush()
-        shown = read | ({'rank': lines[-1]['embedding_rank']} if 'embedding_rank' in lines[-1] else {})
+        shown = read | ({'rank': health['embedding_rank']} if health else {})
         self.bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
         self.bar.update(n)
 
@@ -280,6 +281,8 @@ def train(c, module, options):
     model = initial_model(c, module, options, data, state)
     optimizer = optimizer_of(model.network, c)
     if state:
+        for group in state['optimizer']['param_groups']:
+            group['fused'] = c.device == 'cuda'                          # it may have been saved on another device
         optimizer.load_state_dict(state['optimizer'])
         step, seconds = state['step'], state['seconds']
     out.mkdir(parents=True, exist_ok=True)

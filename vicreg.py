@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from common import sent
+
 
 def variance_loss(z):
     """How far the channels of z (N, D) fall short of standard deviation 1. Variance divides by N."""
@@ -86,7 +88,7 @@ def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=
     D = x.shape[1]
     x, y = (in_full(z).movedim(1, -1).reshape(-1, D) for z in (x, y))    # (B*H*W, D)
     if generator is not None:
-        order = torch.randperm(len(x), generator=generator).to(x.device, non_blocking=True)
+        order = sent(torch.randperm(len(x), generator=generator), x.device)
         x, y = x[order], y[order]
     parts = [vicreg_loss(a, b, sim_coeff, std_coeff, cov_coeff) for a, b in zip(x.chunk(chunks), y.chunk(chunks))]
     return {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import at_least, check_state, option, published_state
+from common import at_least, check_state, option, published_state, sent
 
 TITLE = 'VideoMAE'
 PAPER = {'active_matter': 0.160, 'shear_flow': 0.67, 'rayleigh_benard': 0.18}          # table 1, attentive probe
@@ -329,7 +329,7 @@ class VideoMAE(nn.Module):
         (B, n, pixels * C), pixel by pixel, channels innermost.
         """
         N, slots = patches.shape[1], patches.shape[1] // masked.shape[1]
-        visible, hidden = (tube_tokens(m, slots).to(patches.device, non_blocking=True) for m in (~masked, masked))
+        visible, hidden = (sent(tube_tokens(m, slots), patches.device) for m in (~masked, masked))
         z = self.encoder(patches, visible)                               # (B, N - n, D)
         self.embedding = z.detach().transpose(1, 2).unflatten(2, (slots, -1))
         position = positions(N, self.mask_token.shape[-1], self.mask_token.dtype, patches.device)

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import RANK, WORLD, at_least, option
+from common import RANK, WORLD, at_least, option, sent
 from ema import check_momentum, move_teacher
 from vicreg import covariance_loss, gather, in_full, variance_loss
 from videomae import (Decoder, Encoder, ViTOptions, check_sizes, encoder_size, heads_of, initialise, patchify,
@@ -197,7 +197,7 @@ class VJEPA(nn.Module):
         y = self.targets(patches)                                        # (2B, N, D)
         grid, terms = (T // self.tubelet, H // self.patch, W // self.patch), []
         for mask in self.masks(WORLD * B, grid, self.mask_ratio, generator):           # of all ranks: (2, WORLD * B, N)
-            visible, hidden = (i[:, RANK * B:(RANK + 1) * B].flatten(0, 1).to(x.device, non_blocking=True)
+            visible, hidden = (sent(i[:, RANK * B:(RANK + 1) * B].flatten(0, 1), x.device)
                                for i in visible_and_hidden(mask, generator))           # (2B, n), (2B, m)
             z = self.encoder(patches, visible)                           # (2B, n, D)
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)

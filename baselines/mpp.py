@@ -292,9 +292,10 @@ class AViT(nn.Module):
         if dim % 4 or dim % heads:
             raise ValueError(f'MPP width {dim} is not divisible by 4 and by its {heads} heads')
         self.dim, self.periodic = dim, periodic
-        self.states = state_indices(channels, official_state_map)
+        states = state_indices(channels, official_state_map)
+        self.register_buffer('states', torch.tensor(states), persistent=False)           # where the weights are
         self.new_embedding = official_state_map and any(c not in STATES for c in channels)
-        columns = max(KNOWN, max(self.states) + 1)
+        columns = max(KNOWN, max(states) + 1)
         self.space_bag = nn.Linear(columns, dim // 4)
         self.embed = Stem(dim)
         self.blocks = nn.ModuleList([Block(dim, heads, layer_scale) for _ in range(blocks)])

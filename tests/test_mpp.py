@@ -39,7 +39,7 @@ def test_mpp_is_the_official_one(case, shape, periodic, channels, official, dtyp
     """Tokens and prediction; the official input is (T, B, C, H, W), and its first boundary condition is W's."""
     model = MPP(channels, periodic, official_state_map=official)
     if case == 'mpp_bc_odd':
-        model.encoder.states = [3, 11]                                   # 11 is a state without a name
+        model.encoder.states = torch.tensor([3, 11])                     # 11 is a state without a name
     fill(model, dtype, lambda key: key.removeprefix('encoder.'))
     x, = inputs(dtype, input=shape)
     x = x.detach().permute(1, 2, 0, 3, 4)

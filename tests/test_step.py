@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import config
 import train
 from common import Timed
-from helpers import BASE, CHANNELS, MODELS, NANO, RIVALS, TINY, losses, run
+from helpers import BASE, CHANNELS, MODELS, NANO, RIVALS, STEPS, TINY, losses, run
 from model import Inputs, build_model, recompute_blocks
 
 AHEAD = {'jepa': TINY, 'nano': NANO, 'ema': [*NANO, '--target', 'ema'], 'sigreg': [*NANO, '--loss', 'sigreg'],
@@ -37,13 +39,27 @@ def batches(c, x, labels):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Meta tensors stand for a GPU's: their values cannot be read; and a copy to them may not block either."""
+    """Meta tensors stand for a GPU's: their values cannot be read. And no copy to them may block."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, out = kwargs or {}, function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and args[0].device != out.device:
-            assert kwargs.get('non_blocking'), f'{tuple(args[0].shape)} is copied, and waited for'
+        kwargs, out, name = kwargs or {}, function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        if name in ('_to_copy', 'copy_', 'index', 'index_put_'):
+            inputs = [x for x in tree_leaves(args) if torch.is_tensor(x) and x.ndim]
+            if any(x.device != out.device for x in inputs):
+                assert kwargs.get('non_blocking'), f'{name}: {tuple(inputs[0].shape)} is copied, and waited for'
         return out
+
+
+class NoLists(TorchFunctionMode):
+    """What is made of a list is copied from the processor, and waited for, as are indices that are one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and args[0].device.type == 'meta':
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(i, list) or torch.is_tensor(i) and i.device.type != 'meta' for i in index), index
+        elif function in (torch.tensor, torch.as_tensor):
+            assert torch.device((kwargs or {}).get('device') or 'cpu').type != 'meta' or torch.is_tensor(args[0]), args
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize('name', AHEAD)
@@ -53,7 +69,7 @@ def test_a_step_never_waits_for_the_device(name, tmp_path, monkeypatch):
     model, x, labels = model.to('meta'), x.to('meta'), labels.to('meta')
     monkeypatch.setattr(torch, 'autocast', lambda *args, **settings: contextlib.nullcontext())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with NoWaiting():
+    with NoWaiting(), NoLists():
         terms = train.train_step(model, model.network, optimizer, batches(c, x, labels), c, 0)
         if hasattr(model.network, 'after_step'):
             model.network.after_step(0.5)
@@ -103,9 +119,40 @@ def test_what_is_not_finite_is_never_saved(well, tmp_path):
     """Though it is noticed steps later."""
     flags = [*BASE, *RIVALS['pixels'], '--model', 'pixels', '--data-dir', well, '--out', 'out']
     p = run('train.py', *flags, '--lr', 1e30, '--log-every', 100, '--save-every', 20, cwd=tmp_path, code=2)
+    assert 0 < len((tmp_path / 'out/log.jsonl').read_text().splitlines()) < 20         # of the steps that were
     assert 'finite; the last good checkpoint is kept (none yet)' in p.stderr and not (tmp_path / 'out/ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('name', ['nano', 'videomae', 'vjepa'])
+def test_compiled_steps_are_the_same(name, tmp_path, monkeypatch):
+    """Also with blocks that are computed again. PyTorch's tracing alone, without making kernels."""
+    found = []
+    for compiled in False, True:
+        c, model, x, labels = miniature(AHEAD[name], monkeypatch, tmp_path)
+        if name != 'nano':
+            recompute_blocks(model.network)
+        forward = torch.compile(model.network, backend='eager') if compiled else model.network
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        found.append([train.train_step(model, forward, optimizer, batches(c, x, labels), c, s) for s in (0, 1)])
+        assert model.embedding is not None
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('flag', [True, False])
+def test_a_run_goes_on_with_the_adamw_of_its_device(flag, well, trained, tmp_path, monkeypatch):
+    """Whatever device its checkpoint was saved on."""
+    state = torch.load(trained / 'ckpt.pt', weights_only=True)
+    for group in state['optimizer']['param_groups']:
+        group['fused'] = flag
+    (tmp_path / 'out').mkdir()
+    torch.save(state, tmp_path / 'out/ckpt.pt')
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda *args: seen.append(args[2].param_groups[0]['fused']) or step(*args))
+    monkeypatch.chdir(tmp_path)
+    train.main([str(flag) for flag in [*TINY, '--data-dir', well, '--steps', STEPS + 1, '--out', 'out']])
+    assert seen == [False]
 
 
 def test_waiting_is_timed():
     slow = Timed(iter(range(3)))
-    assert list(slow) == [0, 1, 2] and 0 < slow.seconds < 1
+    assert list(slow) == [0, 1, 2] and slow.seconds > 0
