@@ -5,6 +5,7 @@ DEVICE=cpu runs what can be run without.
 """
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import simulate
 import train
 from common import on_gpu
 from encoders import DepthwiseConv3d
-from helpers import BASE, FLUIDS, HERE, MODELS, NANO, RIVALS, TINY, losses, run
-from model import load_run
+from helpers import BASE, FLUIDS, HERE, MODELS, NANO, RIVALS, TINY, command, losses, run
+from model import Inputs, Model, load_run
 from test_step import AHEAD, batches, miniature
 
 DEVICE = os.environ.get('DEVICE', 'cuda')
@@ -50,33 +51,37 @@ def test_a_step_never_waits(name, dtype, tmp_path, monkeypatch):
 
 @gpu_only
 def test_batches_arrive_in_order_and_whole():
-    """While the GPU is busy, and memory is used again and again."""
-    made = [(torch.full((4, 2**20), float(i)).pin_memory(), torch.tensor([i])) for i in range(20)]
-    square, seen = torch.randn(4096, 4096, device='cuda'), []
+    """A batch is read first thing, while its copy may be under way; what was read may be written over at once."""
+    made = [(torch.full((64, 2**20), float(i)).pin_memory(), torch.tensor([i])) for i in range(12)]    # 256 MB each
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, seen = torch.cuda.memory_allocated(), []
     for x, label in on_gpu(iter(made)):
-        square = torch.nn.functional.normalize(square @ square)          # work that the batch has to wait for
-        seen.append((x.sum(), label))
+        seen.append((x.amin(), x.amax(), label))
+        torch.cuda._sleep(10**8)                                         # the processor would be far ahead
+        x.fill_(-1)
         del x, label
-    assert [int(label) for _, label in seen] == list(range(20))
-    assert [float(total) for total, _ in seen] == [i * 2.0**22 for i in range(20)]
+    assert [tuple(map(float, values)) for values in seen] == [(i, i, i) for i in range(12)]
+    assert torch.cuda.max_memory_allocated() - before < 5 * 2**28
 
 
 @pytest.mark.parametrize('name', ['jepa', 'nano', *RIVALS])
 def test_a_run_on_the_gpu_is_one_on_the_processor(name, well, tmp_path):
-    """The first losses; later ones part, as rounding does. Then eval.py, there; and the checkpoint, here."""
-    flags = [*(MODELS | {'nano': NANO})[name], '--noise', 0, '--steps', 6, '--log-every', 4]
+    """In double precision: losses, then eval.py and fine-tuning there, and the checkpoint here."""
+    flags = [*(MODELS | {'nano': NANO})[name], '--dtype', 'float64', '--noise', 0, '--steps', 6, '--log-every', 4]
     run('train.py', *flags, '--data-dir', well, '--device', 'cpu', '--out', 'here', cwd=tmp_path)
     run('train.py', *flags, *ON_GPU, well, '--out', 'there', cwd=tmp_path)
-    here, there = (np.array(losses(tmp_path / name)) for name in ('here', 'there'))
-    assert np.allclose(there[:3], here[:3], rtol=2e-2, atol=1e-3)
-    run('eval.py', 'there', '--device', DEVICE, '--epochs', 3, cwd=tmp_path)
-    run('eval.py', 'here', '--device', 'cpu', '--epochs', 3, cwd=tmp_path)
-    rows = [json.loads((tmp_path / name / 'eval.json').read_text())['rows'] for name in ('here', 'there')]
-    for probe, errors in rows[0]['random init'].items():                 # the weights are the same
-        assert rows[1]['random init'][probe] == pytest.approx(errors, rel=0.1, abs=0.02)
-    x = torch.randn(2, 11, 16, 32, 32)
+    assert np.allclose(losses(tmp_path / 'there'), losses(tmp_path / 'here'), rtol=1e-4, atol=1e-7)
+    rows = []
+    for device in 'cpu', DEVICE:
+        run('eval.py', 'there', '--device', device, '--epochs', 3, '--finetune', 1, cwd=tmp_path)
+        rows.append(json.loads((tmp_path / 'there/eval.json').read_text())['rows'])
+    for row, errors in rows[0].items():
+        for probe, by_label in errors.items():
+            assert rows[1][row][probe] == pytest.approx(by_label, rel=0.02, abs=1e-3), (row, probe)
+    x = torch.randn(2, 11, 16, 32, 32, dtype=torch.float64)
     assert torch.allclose(load_run(tmp_path / 'there', DEVICE).embed(x.to(DEVICE)).cpu(),
-                          load_run(tmp_path / 'there', 'cpu').embed(x), rtol=2e-2, atol=2e-2)
+                          load_run(tmp_path / 'there', 'cpu').embed(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('flags', [['--recompute'], ['--compile'], ['--dtype', 'auto'], ['--cache', 'none']])
@@ -96,32 +101,81 @@ def test_bfloat16_is_chosen_by_itself(tmp_path, monkeypatch):
 
 
 @gpu_only
+@pytest.mark.parametrize('dtype, error', [(torch.float64, 1e-12), (torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last_3d])
-def test_the_depthwise_convolution(layout):
-    ours = DepthwiseConv3d(8).to('cuda', torch.float64)
-    x = torch.randn(2, 8, 16, 12, 12, device='cuda', dtype=torch.float64).contiguous(memory_format=layout)
-    plain = torch.nn.functional.conv3d(x, ours.weight, ours.bias, padding=3, groups=8)
-    torch.testing.assert_close(ours(x), plain)
+def test_the_depthwise_convolution(layout, dtype, error):
+    """And its gradients, against PyTorch's on the CPU."""
+    layer = DepthwiseConv3d(8).to(dtype).double()
+    there = DepthwiseConv3d(8).to('cuda', dtype)
+    there.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 16, 12, 12, dtype=dtype).contiguous(memory_format=layout)
+    a, b = x.double().requires_grad_(), x.cuda().requires_grad_()
+    expected = torch.nn.functional.conv3d(a, layer.weight, layer.bias, padding=3, groups=8)
+    found = there(b)
+    expected.square().sum().backward()
+    found.float().square().sum().backward() if dtype != torch.float64 else found.square().sum().backward()
+    for ours, plain in (found, expected), (b.grad, a.grad), (there.weight.grad, layer.weight.grad):
+        assert (ours.cpu().double() - plain).norm() < error * plain.norm()
 
 
 @gpu_only
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_ranks_on_gpus(ranks, well, tmp_path):
-    """NCCL, each with its GPU: the losses of one process. More than there are is refused in one line."""
+def test_precision_is_the_official_trainers():
+    """TF32 in convolutions, but full float32 in matrix products."""
+    a, b = torch.randn(2, 512, 512, device='cuda')
+    exact = a.double() @ b.double()
+    assert ((a @ b).double() - exact).norm() < 1e-6 * exact.norm()
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@gpu_only
+def test_more_ranks_than_gpus_are_refused(well, tmp_path):
+    ranks = torch.cuda.device_count() + 1
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', HERE / 'train.py']
-    flags = [*NANO, '--noise', 0, '--steps', 5, *ON_GPU, well]
-    if ranks > torch.cuda.device_count():
-        assert 'lower --nproc_per_node' in run(torchrun, *flags, '--out', 'two', cwd=tmp_path, code=1).stderr
-        return
-    run(torchrun, *flags, '--out', 'ranks', cwd=tmp_path)
+    p = subprocess.run(**command(torchrun, *NANO, *ON_GPU, well, '--micro-batch', ranks, '--batch', ranks),
+                       cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 1 and 'lower --nproc_per_node' in p.stderr
+
+
+@gpu_only
+def test_what_ranks_say_over_nccl(tmp_path):
+    """One process alone is enough for what train.py asks of NCCL."""
+    (tmp_path / 'alone.py').write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, common, vicreg
+import torch.distributed as dist
+torch.cuda.set_device(0)
+dist.init_process_group('nccl', init_method='tcp://127.0.0.1:29751', world_size=1, rank=0)
+total = torch.full((3,), 1.5, dtype=torch.float64, device='cuda')
+dist.all_reduce(total)
+common.WORLD = 1 + 1
+assert total.tolist() == [1.5] * 3 and common.shared(dict(a=torch.ones(2)))['a'].tolist() == [1, 1]
+z = torch.randn(4, 3, device='cuda', requires_grad=True)
+vicreg.Gather.apply(z).square().sum().backward()
+assert torch.equal(z.grad, 2 * z)
+net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2).cuda())
+with net.no_sync():
+    net(z.detach()).sum().backward()
+net(z.detach()).sum().backward()
+dist.destroy_process_group()
+""")
+    run([tmp_path / 'alone.py'], cwd=tmp_path)
+
+
+@gpu_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='there is one GPU')
+def test_ranks_on_gpus(well, tmp_path):
+    """Two, each with its GPU: training as in one process, evaluation too."""
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    flags = [*NANO, '--dtype', 'float64', '--noise', 0, '--steps', 5, *ON_GPU, well]
+    run([*torchrun, HERE / 'train.py'], *flags, '--out', 'two', cwd=tmp_path)
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
-    assert np.allclose(losses(tmp_path / 'ranks'), losses(tmp_path / 'one'), rtol=1e-2, atol=1e-3)
-    torchrun[-1] = str(HERE / 'eval.py')
-    for script in torchrun, 'eval.py':
+    assert np.allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-4, atol=1e-7)
+    rows = []
+    for script in [HERE / 'eval.py'], [*torchrun, HERE / 'eval.py']:
         run(script, 'one', '--epochs', 2, cwd=tmp_path)
-        rows = json.loads((tmp_path / 'one/eval.json').read_text())['rows']
-        first = rows if script is torchrun else first
-    assert rows['random init']['linear'] == pytest.approx(first['random init']['linear'], rel=1e-2)
+        rows.append(json.loads((tmp_path / 'one/eval.json').read_text())['rows']['random init']['linear'])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-2)
 
 
 @pytest.mark.parametrize('name', ['active_matter', *FLUIDS])
@@ -147,14 +201,22 @@ def test_memory_and_name_are_the_gpus():
     assert torch.cuda.get_device_name() in machine('cuda')
 
 
+class Mean(torch.nn.Module):
+    """A network whose loss is the mean of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, context, target, generator):
+        return {'loss': self.weight * context.mean()}
+
+
 @gpu_only
-def test_noise_is_the_steps_own(tmp_path, monkeypatch):
-    """Drawn on the GPU, from (seed, step): the same when made again."""
-    c, model, x, labels = miniature([*NANO, '--device', 'cuda', '--noise', 1.0], monkeypatch, tmp_path)
-    model.to('cuda')
-    sgd = torch.optim.SGD(model.parameters(), 0.0)
-
-
-    def loss(step):
-        return float(train.train_step(model, model.network, sgd, batches(c, x.cuda(), labels), c, step)['loss'])
-    assert loss(1) == pytest.approx(loss(1), rel=1e-5) and abs(loss(1) - loss(2)) > 1e-4 * loss(1)
+def test_noise_is_the_steps_own():
+    """Drawn on the GPU, from (seed, step): the same when made again, another in another step."""
+    c = config.Config(batch=2, micro_batch=2, noise=1.0, device='cuda', dtype='float32')
+    model = Model(Mean(), Inputs('any', ['a'], (True, True), (16, 16)), [0], [1]).to('cuda')
+    sgd, x = torch.optim.SGD(model.parameters(), 0.0), torch.zeros(2, 1, 32, 16, 16, device='cuda')
+    loss = lambda step: float(train.train_step(model, model.network, sgd, iter([(x, None)]), c, step)['loss'])
+    assert loss(1) == loss(1) != loss(2) and loss(1) != 0
