@@ -44,7 +44,7 @@ def test_same_command_same_losses(well, trained, tmp_path):
 
 def test_killed_run_resumes(well, trained, tmp_path):
     """kill -9 between two checkpoints, with a torn last line: the log ends up as if nothing had happened."""
-    out, flags = tmp_path / 'out', [*TINY, '--data-dir', well, '--out', tmp_path / 'out']
+    out, flags = tmp_path / 'out', [*TINY, '--data-dir', well, '--log-every', 2, '--out', tmp_path / 'out']
     written = lambda: (out / 'log.jsonl').read_text().count('\n') if (out / 'ckpt.pt').exists() else 0
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(**command('train.py', *flags), cwd=tmp_path, **quiet)
@@ -73,7 +73,8 @@ torch.save(built[0].network.state_dict(), 'rank' + os.environ['RANK'] + '.pt')
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'ranks.py']
     losses_of_nano = {'nano': NANO, 'sigreg': [*NANO, '--loss', 'sigreg', '--target', 'ema'],
                       'infonce': [*NANO, '--loss', 'infonce']}
-    flags = [*(MODELS | losses_of_nano)[model], *(['--chunks', 5] if model == 'jepa' else []), '--data-dir', well,
+    more = {'jepa': ['--chunks', 5], 'videomae': ['--recompute']}.get(model, [])
+    flags = [*(MODELS | losses_of_nano)[model], *more, '--data-dir', well,
              '--dtype', 'float64', '--noise', 0, '--crop', 0, '--micro-batch', 4, '--steps', 20]
     run('train.py', *flags, '--out', 'one', cwd=tmp_path)
     run(torchrun, *flags, '--out', 'two', cwd=tmp_path)
