@@ -187,8 +187,8 @@ class Log:
     """A run's log.jsonl, a line for each step, and its progress bar.
 
     What a step gives is kept in `unread`, on the device; `read` gets it all from there at once. seconds: of training
-    so far; loaded: the Timed iterator that the steps wait for. `waiting` is that share of their time: the processor's, as
-    a GPU has two batches in hand.
+    so far; loaded: the Timed iterator that the steps wait for. `waiting` is the share of their time that this takes the
+    processor; a GPU has two batches in hand.
     """
 
     def __init__(self, c, step, steps, seconds, loaded):
