@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import FRAMES, Timed, prefetch
+from common import FRAMES, Timed, on_gpu, prefetch
 
 import numpy as np
 import torch
@@ -62,9 +62,9 @@ class Resized(Dataset):
         return F.interpolate(x, size=(self.side, self.side), mode='bilinear').transpose(0, 1)
 
 
-def load(split, windows):
+def load(split, windows, pinned=False):
     """A batch, as train.load_batch reads it."""
-    x = split.load(windows)
+    x = split.load(windows, out=split.room(len(windows), WINDOW, pin_memory=pinned))
     split.release()
     return x
 
@@ -77,14 +77,17 @@ def drop(folder):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def waiting(step, batches, steps):
-    """Share of the time of training steps that they wait for their batches, without the first."""
-    feed = Timed((x, None) for x in batches)                             # no labels
+def waiting(step, batches, steps, device):
+    """Share of the time of training steps that they wait for their batches, without the first, as train.py has it."""
+    loaded, done = Timed((x, torch.zeros(1)) for x in batches), lambda: device == 'cuda' and torch.cuda.synchronize()
+    feed = on_gpu(loaded) if device == 'cuda' else loaded
     step(feed)
-    started, waited = time.perf_counter(), feed.seconds
+    done()
+    started, waited = time.perf_counter(), loaded.seconds
     for _ in range(1, steps):
         step(feed)
-    return (feed.seconds - waited) / (time.perf_counter() - started)
+    done()
+    return (loaded.seconds - waited) / (time.perf_counter() - started)
 
 
 def compare(device, grid=256, side=224):
@@ -105,13 +108,14 @@ def compare(device, grid=256, side=224):
         resized = Resized(source, windows, side)
         for i in 0, len(windows) - 1:
             assert_close(split.load(windows[i:i + 1])[0], resized[i], rtol=1e-4, atol=1e-5)
-        theirs = DataLoader(resized, num_workers=workers, persistent_workers=True)     # batches of one, in order
-        ours = lambda: prefetch(functools.partial(load, split), windows[:, None], workers)
+        pinned = device == 'cuda'
+        theirs = DataLoader(resized, num_workers=workers, persistent_workers=True, pin_memory=pinned)      # in order
+        ours = lambda: prefetch(functools.partial(load, split, pinned=pinned), windows[:, None], workers)
         yield from rates(root, lambda: theirs, ours, len(windows), f'{side} x {side}, {workers} worker(s)')
         c, options = settings(DEFAULT, device, '--data', SYSTEM, '--crop', 0, '--resolution', side, '--views', 'paired',
                               '--batch', 1, '--micro-batch', 1)
         _, step = trainer(c, options)
-        shares = [100 * waiting(step, batches, len(windows)) for batches in (theirs, ours())]
+        shares = [100 * waiting(step, batches, len(windows), device) for batches in (theirs, ours())]
         yield f'  of a training step, waiting for data ({c.preset})', *shares, '%', True
 
 
