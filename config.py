@@ -36,8 +36,8 @@ class Config:
     preset: str = option('auto', 'nano, paper or smoke; auto: nano on data simulated by the nano preset, else paper')
     data_dir: str = of_data('', "folder of datasets in The Well's layout, or its URL, like hf://datasets/polymathic-ai "
                                '(default: $THE_WELL_DATA_DIR, else data)')
-    cache: str = of_data('float32', 'preprocessed trajectories on disk: float32; int16, half of that; or none, which '
-                                    "reads The Well's files again and again")
+    cache: str = of_data('float32', 'copy of the preprocessed data on disk, for fast reading: float32; int16, half the '
+                                    "size, slightly rounded; none, no copy: The Well's files are read, slower")
     cache_dir: str = of_data('', 'where preprocessed trajectories are kept (default: <data dir>/<system>/cache; '
                                 'of a URL, data/cache)')
     resolution: int = of_data(System.resolution, 'side the fields are resized to; 0 keeps the file\'s')
@@ -55,21 +55,22 @@ class Config:
     supervised: bool = option(False, 'train the encoder with the labels, for comparison (supervised.py)', bare=True)
     batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = of_optimisation(0, 'windows per forward pass, over all ranks; 0: 8 for each rank')
-    epochs: float = of_optimisation(System.epochs, 'passes over the training windows')
-    steps: int = of_optimisation(-1, 'optimizer steps; -1: as many as the epochs need; 0: save the initial weights')
+    epochs: float = of_optimisation(System.epochs, 'passes over the training windows; counts if --steps does not')
+    steps: int = of_optimisation(-1, 'optimizer steps; -1: as many as --epochs needs; 0: save the initial weights')
     lr: float = of_optimisation(System.lr, 'peak learning rate')
     min_lr: float = of_optimisation(1e-6, 'learning rate at the end')
     warmup_epochs: float = of_optimisation(0.0, 'linear warmup, in epochs')
     weight_decay: float = of_optimisation(0.05, 'AdamW weight decay')
-    seed: int = of_optimisation(0, 'seed of everything random, and of the dataset if one is simulated')
+    seed: int = of_optimisation(0, 'seed of everything random in training; also of the data, if they are simulated now')
     out: str = of_machine('', 'folder of checkpoint and log (default: out/<system>-<model>-<preset>-seed<seed>)')
     device: str = of_machine('auto', 'cuda, cpu, or auto')
     dtype: str = of_machine('auto', 'float32, bfloat16 (autocast), float64, or auto: bfloat16 on a GPU that has it')
     save_every: int = of_machine(100, 'steps between checkpoints')
-    recompute: bool = of_machine(False, 'keep the inputs of blocks alone for the backward pass, which computes the '
-                                        'rest again: less memory, a third slower', bare=True)
-    compile: bool = of_machine(False, 'torch.compile the network', bare=True)
-    log_every: int = of_machine(1, 'steps between looks at what they gave, each of which waits for the GPU')
+    recompute: bool = of_machine(False, 'gradient checkpointing: blocks keep their input alone, and are computed again '
+                                        'in the backward pass. Less memory, a third slower', bare=True)
+    compile: bool = of_machine(False, 'torch.compile the network; not timed yet', bare=True)
+    log_every: int = of_machine(1, 'steps between reading losses from the GPU, which waits for it; the log has all '
+                                   'steps, but the rank of the embedding only in the last of them')
 
 
 PRESETS = {                                                              # a model's own go before these

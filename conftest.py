@@ -1,11 +1,16 @@
 """The datasets and the run that the tests share, each made once. Read only."""
 import dataclasses
+import os
 
 import pytest
+import torch
 
 import simulate
 from helpers import FLUIDS, NAME, RUNS, TINY, linked, make_miniature, make_published, run
 from systems import find_system
+
+if 'PYTEST_XDIST_WORKER' in os.environ:                                  # one of several processes
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')

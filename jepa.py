@@ -42,19 +42,19 @@ LOSSES = {'vicreg': (vicreg_loss_maps, ('sim_coeff', 'std_coeff', 'cov_coeff', '
 class Options(EncoderOptions):
     """The defaults are the paper's."""
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
-    loss: str = option('vicreg', 'of predicted and actual embedding: ' + ', '.join(LOSSES))
+    loss: str = option('vicreg', 'loss of predicted and actual embedding: ' + ', '.join(LOSSES))
     sim_coeff: float = option(2.0, "weight of vicreg's invariance term")
     std_coeff: float = option(40.0, "weight of vicreg's variance term")
     cov_coeff: float = option(2.0, "weight of vicreg's covariance term")
     chunks: int = option(5, 'random chunks the rows of a batch are cut into for vicreg')
     sigreg_coeff: float = option(0.05, "share of sigreg's normality term; the rest is the invariance")
-    directions: int = option(1024, 'along which sigreg looks')
-    temperature: float = option(0.5, "infonce's")
+    directions: int = option(1024, 'random directions along which sigreg looks')
+    temperature: float = option(0.5, 'temperature of --loss infonce')
     loss_rows: str = option('local', 'what the loss sees together: local, the windows of one process; global, of all')
     standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
     target: str = option('encoder', "what embeds the target: encoder, the context's own; ema, its slowly moving "
                                     'average, without gradient')
-    momentum: tuple = option((0.996, 1.0), "of that average, at the start and, linearly, at the end")
+    momentum: tuple = option((0.996, 1.0), "momentum of --target ema's average, at the start and, linearly, at the end")
 
 
 PRESETS = {'paper': {}, 'nano': encoders.NANO | dict(

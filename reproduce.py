@@ -2,7 +2,7 @@
 The numbers of README.md and NOTES.md, made again: data, training, and errors on test, for every seed of a row.
 
     python reproduce.py active_matter-jepa-nano              # three seeds: 50 minutes of one core, 20 GB
-    python reproduce.py latents-or-pixels                    # that experiment's: 8 hours
+    python reproduce.py latents-or-pixels                    # that experiment's: 8 hours of one core, 25 GB
     python reproduce.py                                      # all: half a day
     python tables.py                                         # then writes the tables
 
@@ -27,12 +27,12 @@ ROWS = {                                                                 # after
     'jepa-nano': '--model jepa',
     'jepa-nano-supervised': '--model jepa --supervised',
     # latents or pixels: a third of nano's windows, 25,600
-    'jepa-nano-vicreg': '--model jepa --steps 800',
     'jepa-nano-paired': '--model jepa --steps 800 --views paired',
+    'pixels-nano': '--model pixels --steps 800',
+    'jepa-nano-vicreg': '--model jepa --steps 800',
     'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false --sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
     'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
-    'pixels-nano': '--model pixels --steps 800',
     'jepa-nano-short-supervised': '--model jepa --steps 800 --supervised',
     'vjepa-nano-block': '--model vjepa --steps 3200 --masks block',
     'vjepa-nano-random': '--model vjepa --steps 3200 --masks random',

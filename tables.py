@@ -206,16 +206,21 @@ def of_experiment(folder):
     return {system: collect(own, folder)[0] for system, own in names.items()}
 
 
+LAST = '', 'random init', 'supervised', 'field statistics'               # an order of rows
+
+
 def side_by_side(folder):
     """A Markdown table of that experiment: errors are means over a system's parameters, `~` and ± as in `summary`.
 
-    Effective rank: of the mean tokens of all training windows, and of how many channels, a number for each system.
+    Floors and ceilings come last. Effective rank: of the mean tokens of all training windows, and of how many channels,
+    a number for each system.
     """
     found = of_experiment(folder)
     head = ['', *(f'{s}: {p}' for s in found for p in PROBES), 'effective rank']
     lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     shown = []
-    for title in dict.fromkeys(title for rows in found.values() for title in rows):
+    titles = dict.fromkeys(title for rows in found.values() for title in rows)
+    for title in sorted(titles, key=lambda title: max(i for i, word in enumerate(LAST) if word in title)):
         errors = [[e for e, _, _ in rows.get(title, [])] for rows in found.values()]
         if errors in shown:                                              # two models' encoders may begin alike
             continue
@@ -240,7 +245,7 @@ def as_probed(r):
 def as_trained(r):
     """What the results of a name have in common: all but their seeds, and where they lie."""
     settings = {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
-    own = 'seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every'
+    own = 'seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every', 'log_every', 'recompute', 'compile'
     return {k: v for k, v in settings.items() if k not in own}
 
 
