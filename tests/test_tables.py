@@ -131,9 +131,9 @@ def test_systems_side_by_side(tmp_path):
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert list(rows) == ['pixels', 'JEPA, vicreg', 'JEPA: random init', 'field statistics']
+    assert list(rows) == ['pixels', 'JEPA, vicreg', 'pixels: random init', 'field statistics']
     assert rows['JEPA, vicreg'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
-    assert rows['JEPA: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
+    assert rows['pixels: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
         (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
