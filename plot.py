@@ -204,7 +204,7 @@ def targets(figure, found):
                 last.plot(bands, [np.mean([end[b] for end in ends]) for b in bands], style, ms=4, color=color,
                           label=f'{title}, {system.replace("_", " ")}')
     last.axhline(1, color='#444444', lw=0.8, ls='--')
-    last.set(title='Share of the pixels not predicted', xlabel='spatial scale', ylim=(0, None), xticks=range(3),
+    last.set(title='Share of the target not predicted', xlabel='spatial scale', ylim=(0, None), xticks=range(3),
              xticklabels=['> 8 px', '4 to 8', '< 4 px'])
     last.legend(fontsize=7)
     keys = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PROBES.values()]
