@@ -18,7 +18,7 @@ PROTOCOL, EVAL, DATA, STATISTICS = (f'tests/test_{name}.py' for name in ('protoc
 PROBE, TRAIN, VICREG = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg'))
 LOSSES, VJEPA, PIXELS, CACHE = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'cache'))
 BENCH, LOADER = 'tests/test_bench.py', 'tests/test_bench_loader.py'
-REMOTE = 'tests/test_remote.py'
+REMOTE, STEP = 'tests/test_remote.py', 'tests/test_step.py'
 TABLES = 'tests/test_tables.py --deselect tests/test_tables.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -35,7 +35,12 @@ MUTANTS = [                                                              # file,
     ('train.py', 'if c.noise > 0:', 'if False:', PROTOCOL),
     ('train.py', 'x = x + c.noise * torch.randn', 'x = x + torch.randn', PROTOCOL),
     ('model.py', 'enabled=self.mixed', 'enabled=False', PROTOCOL),
-    ('config.py', "'paper': dict(dtype='float32')", "'paper': dict(dtype='bfloat16')", PROTOCOL),
+    ('config.py', "'paper': dict(dtype='float32'", "'paper': dict(dtype='bfloat16'", PROTOCOL),
+    ('train.py', "group['fused'] = c.device == 'cuda'", 'pass', STEP + ' -k adamw'),
+    ('train.py', 'if saving or step % c.log_every == 0:', 'if step % c.log_every == 0:', STEP + ' -k every_few'),
+    ('vicreg.py', 'sent(torch.randperm(len(x), generator=generator), x.device)',
+     'torch.randperm(len(x), generator=generator).to(x.device)', STEP + ' -k waits'),
+    ('model.py', 'block.forward = functools', 'kept = functools', STEP + ' -k again'),
     ('train.py', '(c.seed, 2 + v, step, first + i)', '(c.seed, 2, step, first + i)', PROTOCOL),
     ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
     ('train.py', 'standard_labels[windows[:, 0]]', 'standard_labels[windows[:, 1] % 3]', PROTOCOL),
@@ -68,7 +73,7 @@ MUTANTS = [                                                              # file,
     ('bench_steps.py', 'sum(d > 3 for d in apart)', 'sum(d > 2 for d in apart)', BENCH + ' -k depthwise'),
     ('bench_steps.py', "group['lr'] = 0.0", 'pass', BENCH + ' -k training_step'),
     ('bench_loader.py', 'source.n_windows_per_trajectory[0], 1]', '0, 1]', LOADER + ' -k both_loaders'),
-    ('bench_loader.py', 'feed.seconds - waited', 'feed.seconds', LOADER + ' -k waiting'),
+    ('bench_loader.py', 'loaded.seconds - waited', 'loaded.seconds', LOADER + ' -k waiting'),
     # losses
     ('vicreg.py', 'unbiased=False', 'unbiased=True', VICREG),
     ('vicreg.py', 'cov.diagonal().pow(2).sum()) / D', 'cov.diagonal().pow(2).sum())', VICREG),
