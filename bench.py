@@ -28,7 +28,6 @@ from torch.testing import assert_close
 
 import bench_loader
 import bench_steps
-import simulate
 from baselines.disco import DISCO, WELL
 from baselines.mpp import MPP
 from bench_steps import seconds
@@ -314,13 +313,9 @@ def read_hdf5(f, trajectory, t, resolution, place):
 def reading(grid, resolution=0, crop=0, reads=30):
     """One window at a random start (and place, if cropped): HDF5 left open, against the cache; both in memory."""
     rng = np.random.default_rng(0)
-    shapes = {'concentration': (), 'velocity': (2,), 'D': (2, 2), 'E': (2, 2)}
-    fields = {k: rng.random((1, 40, grid, grid, *s), np.float32) for k, s in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'data' / 'train' / 'random.hdf5'
-        path.parent.mkdir(parents=True)
-        simulate.write_well_file(path, 'active_matter', (-1.0, 1.0), fields)
-        split = Split(folder, find_system('active_matter'), 'train', resolution, progress=False)
+        path, = bench_loader.write_noise(Path(folder), grid, files=1, runs=1, frames=40)
+        split = Split(folder, find_system(bench_loader.SYSTEM), 'train', resolution, progress=False)
 
         def place(seed):                                                 # where Split.load cuts with this seed
             corner = np.random.default_rng(seed).integers(grid - crop + 1, size=2) if crop else (0, 0)

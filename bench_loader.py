@@ -32,18 +32,21 @@ from bench_steps import seconds, settings, trainer
 from data import WINDOW, Split
 from model import DEFAULT
 from systems import find_system
+from train import LOADERS
 
 SYSTEM = 'active_matter'
 
 
 def write_noise(root, grid, files=3, runs=2, frames=2 * WINDOW):
-    """Files of <root>/data/train as The Well has them, 11 channels; 0.37 GB each at 256 x 256."""
+    """Files in <root>/data/train as The Well has them, 11 channels, 0.37 GB each at 256 x 256 -> their paths."""
     rng = np.random.default_rng(0)
     shapes = {'concentration': (), 'velocity': (2,), 'D': (2, 2), 'E': (2, 2)}
     (root / 'data' / 'train').mkdir(parents=True)
-    for i in range(files):
+    paths = [root / 'data' / 'train' / f'{i}.hdf5' for i in range(files)]
+    for i, path in enumerate(paths):
         fields = {name: rng.random((runs, frames, grid, grid, *s), np.float32) for name, s in shapes.items()}
-        simulate.write_well_file(root / 'data' / 'train' / f'{i}.hdf5', SYSTEM, (-1.0 - i, 1.0), fields)
+        simulate.write_well_file(path, SYSTEM, (-1.0 - i, 1.0), fields)
+    return paths
 
 
 class Resized(Dataset):
@@ -97,7 +100,7 @@ def compare(device, grid=256, side=224):
     except ImportError as e:
         print(f"loader: left out ({e}); pip install the_well brings The Well's own")
         return
-    workers = 4 if device == 'cuda' else 1                               # train.py's
+    workers = LOADERS[device]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_noise(root, grid)

@@ -84,9 +84,10 @@ class Run:
         return models.model_of(self.state, self.path, device, trained)
 
     def encode(self, model, frozen=True, noise=None):
-        """The function of raw windows (B, C, 16, H, W), and of seeds for their noise -> tokens (B, N, D).
+        """The function of raw windows (B, C, 16, H, W), and of the seeds of their noise -> tokens (B, N, D).
 
-        noise: its std, after normalisation; None: as in training. Without seeds it is drawn anew at every call.
+        noise: its std, after normalisation; None: as in training. seeds: a tuple of numbers for each window; without
+        them it is drawn anew at every call.
         """
         device, noise = model.mean.device, self.c.noise if noise is None else noise
         generator = torch.Generator(device).manual_seed(self.c.seed)
@@ -94,7 +95,8 @@ class Run:
         def function(x, seeds=()):
             x = x.to(device, model.mean.dtype)
             if noise > 0:
-                own = [torch.Generator(device).manual_seed(seed) for seed in seeds] or [generator] * len(x)
+                own = [torch.Generator(device).manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+                       for seed in seeds] or [generator] * len(x)
                 drawn = [torch.randn(x.shape[1:], generator=g, device=device, dtype=x.dtype) for g in own]
                 x = x + noise * model.std * torch.stack(drawn)
             return model.embed(x) if frozen else model.features(x)
@@ -118,8 +120,7 @@ class Run:
         loaded = prefetch(lambda job: self.splits[job[0]].load(chosen(*job), frames=FRAMES), jobs, workers=1)
         for (name, first), x in zip(jobs, loaded):
             where = self.c.seed, 5, SPLITS.index(name)
-            seeds = [int(np.random.default_rng((*where, *window)).integers(2**63)) for window in chosen(name, first)]
-            tokens = function(x, seeds).float().cpu()
+            tokens = function(x, [(*where, *window) for window in chosen(name, first)]).float().cpu()
             tokens = tokens.to(probe.kept_as(len(self.windows[name]), *tokens.shape[1:]))
             if not tokens.isfinite().all():
                 raise ValueError(f'{self.path}: its tokens are not finite, or too large for float16')

@@ -19,6 +19,7 @@ from common import option, parse, script, write_text
 
 import numpy as np
 
+from config import MAY_CHANGE
 from reproduce import EXPERIMENT
 
 PROBES = 'attentive', 'linear', 'knn'
@@ -245,7 +246,7 @@ def as_probed(r):
 def as_trained(r):
     """What the results of a name have in common: all but their seeds, and where they lie."""
     settings = {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
-    own = 'seed', 'data_dir', 'cache_dir', 'out', 'device', 'save_every', 'log_every', 'recompute', 'compile'
+    own = {'seed', *MAY_CHANGE} - {'steps', 'epochs'}
     return {k: v for k, v in settings.items() if k not in own}
 
 

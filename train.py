@@ -32,6 +32,8 @@ import model as models
 from config import MAY_CHANGE, Config, describe, parse
 from data import WINDOW, Split, find_dataset
 
+LOADERS = {'cuda': 4, 'cpu': 1}                                          # threads that load batches ahead
+
 
 # ---------------------------------------------------------------------------------------------
 # batches
@@ -194,9 +196,9 @@ class Log:
     def __init__(self, c, step, steps, seconds, loaded):
         path = Path(c.out) / 'log.jsonl'
         self.batch, self.checkpoint, self.seconds, self.loaded = c.batch, Path(c.out) / 'ckpt.pt', seconds, loaded
-        kept = [line for line in path.read_text().splitlines() if line.endswith('}') and json.loads(line)['step'] < step
-                ] if RANK == 0 and path.exists() else []
-        if RANK == 0:                                                    # without steps that will be made again
+        if RANK == 0 and path.exists():                                  # without steps that will be made again
+            kept = [line for line in path.read_text().splitlines() if line.endswith('}')
+                    and json.loads(line)['step'] < step]
             write_text(path, ''.join(line + '\n' for line in kept))
         self.file = open(path if RANK == 0 else os.devnull, 'a')
         self.bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
@@ -305,7 +307,7 @@ def train(c, module, options):
             git=git))
 
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
-    loaded = Timed(prefetch(lambda job: load_batch(data, c, *job), jobs, workers=4 if c.device == 'cuda' else 1))
+    loaded = Timed(prefetch(lambda job: load_batch(data, c, *job), jobs, workers=LOADERS[c.device]))
     batches = on_gpu(loaded) if c.device == 'cuda' else loaded
     with contextlib.closing(Log(c, step, steps, seconds, loaded)) as log:
         while step < steps:
