@@ -169,6 +169,9 @@ def shares(function, device):
 # ---------------------------------------------------------------------------------------------
 # steps
 
+LABELS = 2                                                               # of each system here
+
+
 def settings(name, device, *flags):
     """(Config, Options) of a model's nano preset on CPU, of its paper preset on CUDA; flags: train.py's."""
     with tempfile.TemporaryDirectory() as empty:                         # no dataset, and no run
@@ -186,12 +189,13 @@ def side_of(c):
 def trainer(c, options):
     """(network, function that trains it by a step on the next of `batches`); the learning rate is 0: weights stay.
 
-    batches: iterator of (fields (B, C, 32, side, side), labels that are not used).
+    batches: iterator of (fields (B, C, 32, side, side), labels (B, LABELS), of use if they supervise).
     """
     names, side = WELL[c.data][2].split(), side_of(c)
     periodic = (False, False) if c.crop else find_system(c.data).part(c.whole)[1]
     inputs = Inputs(c.data, names, periodic, (side, side), c.views == 'paired')
-    model = build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed, c.dtype).to(c.device)
+    model = build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed, c.dtype,
+                        LABELS * c.supervised).to(c.device)
     optimizer = optimizer_of(model.network, c)
     for group in optimizer.param_groups:
         group['lr'] = 0.0
@@ -201,6 +205,13 @@ def trainer(c, options):
         if hasattr(model.network, 'after_step'):
             model.network.after_step(0.0)
     return model.network, step
+
+
+def gflop_per_window(c, options):
+    """GFLOP of a training step's forward and backward pass, for each of its windows; counted on a step of c's sizes."""
+    network, step = trainer(c, options)
+    batches = itertools.repeat((smooth_fields(c).to(c.device), torch.zeros(c.batch, LABELS, device=c.device)))
+    return count(lambda: step(batches), network)[0] / c.batch / 1e9
 
 
 def smooth_fields(c):

@@ -166,11 +166,22 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 
+def mean_and_std(x, dim):
+    """Mean and unbiased standard deviation over some axes, which stay with size 1.
+
+    In two passes, which on CPU are five times as fast as torch.std_mean in its one; no spread has the gradient zero.
+    """
+    mean = x.mean(dim, keepdim=True)
+    n = x.numel() // mean.numel()
+    return mean, torch.linalg.vector_norm(x - mean, dim=dim, keepdim=True) / math.sqrt(n - 1)
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed blocks for reuse: giving them back costs a third of a training step on CPU."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        for parameter, value in (-4, 0), (-1, 2**31 - 1), (-2, 2**28):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX: threads reuse each other's
+        for parameter, value in (-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1):
             libc.mallopt(parameter, value)
 
 
@@ -380,14 +391,17 @@ def check_state(own, state, path):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Other processes that want the same folder wait for this one; where folders cannot be locked, nobody does."""
+    """Other processes that want the same folder, or file, wait for this one; where none can be locked, nobody does.
+
+    Gives the lock's file descriptor, or None: a child process that inherits it holds the lock as well.
+    """
     lock = None
     with contextlib.suppress(ImportError, OSError):
         import fcntl
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield
+        yield lock
     finally:
         if lock is not None:
             os.close(lock)

@@ -53,6 +53,8 @@ class Config:
                                    'shares can be predicted; other-time, that and any other 16 frames of the run')
     init: str = option('', 'weights to start from: the folder of another run, or a published file')
     supervised: bool = option(False, 'train the encoder with the labels, for comparison (supervised.py)', bare=True)
+    label_fraction: float = option(1.0, 'share of the training runs that --supervised learns from: whole runs, spread '
+                                        'over the labels (data.spread_runs)')
     batch: int = of_optimisation(256, 'windows per optimizer step, over all ranks and accumulation steps')
     micro_batch: int = of_optimisation(0, 'windows per forward pass, over all ranks; 0: 8 for each rank')
     epochs: float = of_optimisation(System.epochs, 'passes over the training windows; counts if --steps does not')
@@ -141,10 +143,13 @@ def finish(c):
     for name in 'lr', 'epochs':
         if getattr(c, name) <= 0:
             raise ValueError(f'--{name} must be more than 0, not {getattr(c, name)}')
+    if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
+        raise ValueError(f'--label-fraction is more than 0 and at most 1, and for --supervised: not {c.label_fraction}')
     if c.seed >= 2**32:
         raise ValueError(f'--seed must be less than 2**32, not {c.seed}')
     c.data_dir = str(data_folder(c.data_dir))
-    c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}{"-supervised" * c.supervised}-seed{c.seed}'
+    labels = f'-{c.label_fraction:g}' * (c.label_fraction < 1)
+    c.out = c.out or f'out/{c.data}-{c.model}-{c.preset}{"-supervised" * c.supervised}{labels}-seed{c.seed}'
     c.device = pick_device(c.device)
     if c.cache not in KINDS:
         raise ValueError(f'unknown cache {c.cache!r}: choose from {", ".join(KINDS)}')

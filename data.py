@@ -104,6 +104,11 @@ class Split:
         """Names of the scalars that vary over the runs: the labels, as the files call them."""
         return [n for n, v in self.scalars.items() if np.ptp(v) > 0]
 
+    def labelled(self, fraction, seed):
+        """Numbers of the runs (k,) whose labels are known if `fraction` of them are; one at least."""
+        order = spread_runs(self.labels(self.varying()), seed)
+        return order[:max(1, round(fraction * len(order)))]
+
     def normalization(self, normalize):
         """(mean, std) by channel that fields are to be z-scored with; (0, 1) if not `normalize`.
 
@@ -154,6 +159,26 @@ class Split:
         """Give mapped pages back to the page cache: they no longer count as this process's memory."""
         if isinstance(self.fields, np.memmap) and hasattr(mmap, 'MADV_DONTNEED'):
             self.fields._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def spread_runs(labels, seed):
+    """An order of runs, by labels (runs, L), of which any first few are spread over the labels: (runs,) numbers.
+
+    Each is the one farthest from all before it, in z-scored labels. Of runs with the same labels the second comes when
+    all others have had their first, and so on. seed: of the first, and of which of them.
+    """
+    z = (labels - labels.mean(0)) / labels.std(0)
+    left, order = np.random.default_rng([seed, 6]).permutation(len(z)), []
+    while len(left):
+        _, first = np.unique(z[left], axis=0, return_index=True)         # a run for each set of labels
+        turn, distance = left[np.sort(first)], np.full(len(first), np.inf)
+        left = left[~np.isin(left, turn)]
+        while len(turn):
+            i = distance.argmax()
+            order.append(turn[i])
+            distance = np.delete(np.minimum(distance, np.linalg.norm(z[turn] - z[turn[i]], axis=1)), i)
+            turn = np.delete(turn, i)
+    return np.array(order)
 
 
 def split_name(channel):

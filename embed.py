@@ -19,6 +19,7 @@ import model as models
 import probe
 from config import Config
 from data import WINDOW, Split, find_dataset, read_recipe
+from generalize import spoilt
 from remote import StoreError
 from systems.numerics import Grid
 
@@ -59,6 +60,9 @@ class Run:
         windows = {name: np.array([(run, t) for run in range(len(split.runs))
                                    for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
                    for name, split in self.splits.items()}
+        if self.c.label_fraction < 1:                                    # the probes know no more labels than it did
+            known = self.splits['train'].labelled(self.c.label_fraction, self.c.seed)
+            windows['train'] = windows['train'][np.isin(windows['train'][:, 0], known)]
         mean, std = np.array(self.state['label_mean']), np.array(self.state['label_std'])
         return windows, {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
                          for name, w in windows.items()}
@@ -110,16 +114,19 @@ class Run:
         grid = Grid(*self.splits['train'].grid)
         return lambda x, seeds: torch.stack(list(self.system.statistics(by_name(x), grid).values()), 1)[:, None]
 
-    def batches(self, what, noise, jobs, size):
+    def batches(self, what, noise, how, jobs, size):
         """Tokens (B, N, D), on the CPU, of each of the jobs: (split, number of the first of `size` windows).
 
         Raises ValueError if they are not finite.
         """
-        function = self.function(what, noise)
+        function, (_, std) = self.function(what, noise), self.splits['train'].normalization(True)
         chosen = lambda name, first: self.windows[name][first:first + size]
         loaded = prefetch(lambda job: self.splits[job[0]].load(chosen(*job), frames=FRAMES), jobs, workers=1)
         for (name, first), x in zip(jobs, loaded):
             where = self.c.seed, 5, SPLITS.index(name)
+            if how:
+                x = spoilt(x, how, std, [int(np.random.default_rng((*where, 7, *window)).integers(2**63))
+                                         for window in chosen(name, first)])
             tokens = function(x, [(*where, *window) for window in chosen(name, first)]).float().cpu()
             tokens = tokens.to(probe.kept_as(len(self.windows[name]), *tokens.shape[1:]))
             if not tokens.isfinite().all():
@@ -127,23 +134,25 @@ class Run:
             yield tokens
             self.splits[name].release()
 
-    def embed(self, what, noise=None):
+    def embed(self, what, noise=None, how='', only=SPLITS):
         """{split: (tokens of all its windows, one CPU tensor (n, N, D) of probe.room_for, targets)}.
 
         what: the run's `name`, for its encoder; `random init`, for that before training; or `field statistics`. noise:
-        as `encode` has it. On all ranks but the first the result is empty. Raises ValueError where a rank's `batches`
-        did, after all rounds, so that no rank is left waiting.
+        as `encode` has it. how: as generalize.spoilt has it. only: these splits. On all ranks but the first the result
+        is empty. Raises ValueError where a rank's `batches` did, after all rounds, so that no rank is left waiting.
         """
         if RANK == 0:                                                    # what `embed_along` waits for
             state = {k: v for k, v in self.state.items() if k != 'optimizer'}
-            shared((self.path, state, self.windows, what, noise))
+            shared((self.path, state, self.windows, what, noise, how, only))
         C, (H, W) = len(self.channels), self.splits['train'].size
         size = max(1, min(self.batch, LOADED // (4 * C * FRAMES * H * W)))
-        jobs = [(name, i) for name, windows in self.windows.items() for i in range(0, len(windows), size)]
+        windows = {name: windows for name, windows in self.windows.items() if name in only}
+        jobs = [(name, i) for name in windows for i in range(0, len(windows[name]), size)]
         out, failed = {}, None
-        with (Progress(sum(map(len, self.windows.values())), f'embedding, {what}', 'window', disable=RANK > 0) as bar,
+        named = f'embedding, {what}' + f', {how}' * bool(how)
+        with (Progress(sum(map(len, windows.values())), named, 'window', disable=RANK > 0) as bar,
               torch.no_grad()):
-            own = or_its_error(self.batches(what, noise, jobs[RANK::WORLD], size))
+            own = or_its_error(self.batches(what, noise, how, jobs[RANK::WORLD], size))
             for i in range(0, len(jobs), WORLD):                         # a round: a batch of each rank
                 for (name, first), tokens in zip(jobs[i:i + WORLD], gathered(next(own, None))):
                     if isinstance(tokens, Exception):
@@ -171,8 +180,8 @@ def embed_along(args):
     """What all ranks but the first do: embed their share of whatever it embeds, until it says None."""
     run = None
     while (asked := shared(None)) is not None:
-        path, state, windows, what, noise = asked
+        path, state, windows, what, noise, how, only = asked
         if run is None or run.path != path:
             run = Run(path, args, state)
         run.windows = windows
-        run.embed(what, noise)
+        run.embed(what, noise, how, only)

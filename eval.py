@@ -6,6 +6,7 @@ What a pretrained encoder knows of the physics: the error table.
     python eval.py out/...                        # that one (its folder, or the checkpoint in it)
     python eval.py out/... out/...                # several in one table
     python eval.py out/... --finetune             # also train encoder and head end to end (finetune.py)
+    python eval.py out/... --generalize           # fewer labels, unseen parameters, spoilt fields (generalize.py)
     python eval.py out/... --probe paper          # the attentive probe as the paper's code trains it
     python eval.py out/... --save-embeddings FILE # also keep what the encoder gave, for plot.py
     python eval.py --all                          # the paper's table 1, from everything under out/
@@ -31,6 +32,7 @@ from common import (RANK, Progress, at_least, machine, option, parse, peak_memor
 import numpy as np
 import torch
 
+import generalize
 import model as models
 import probe
 import systems
@@ -40,7 +42,8 @@ from finetune import epochs_of, finetune
 from tables import PROBES, PUBLISHED, print_table, print_table_one
 
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}   # of the log; the rest is learned
-TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr'       # what rows depend on
+# what rows depend on
+TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize', 'fractions'
 
 
 @dataclass
@@ -57,6 +60,9 @@ class Settings:
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
     mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's (the model's, or else 12 up to "
                                    'width 128 and 0.25 above)', 'probe')
+    generalize: bool = option(False, 'also probe with fewer labels, at unseen parameters, and on noisy and coarse '
+                                     'fields (generalize.py)', 'probe', bare=True)
+    fractions: str = option('runs', 'of what --generalize takes fractions: runs, or windows', 'probe')
     finetune: str = option('', 'also train encoder and attentive head end to end: paper, or a number of epochs of '
                                'our own protocol; 5 if given alone', 'probe', '5')
     finetune_lr: float = option(1e-5, 'learning rate of the encoder in ours', 'probe')
@@ -67,22 +73,49 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # rows of the table: {probe: estimates of the labels of the windows of the scored split (n, L)}
 
-def probes(splits, module, args, seed, device, description, **protocol):
-    """({probe: estimates (n, L)}, number of parameters of the attentive probe)."""
-    ratio = args.mlp_ratio or getattr(module, 'MLP_RATIO', 0.0)
-    with Progress(args.epochs, f'probing {description}', 'epoch') as bar:
-        estimates, size = probe.attentive(splits, ratio, args.epochs, scored=args.split, seed=seed, device=device,
-                                          tick=bar.update, **protocol)
-    return {'attentive': estimates, 'linear': probe.linear(splits, scored=args.split),
-            'knn': probe.knn(splits, scored=args.split)}, size
+def probes(splits, module, args, seed, device, description, attentive=True, epochs=0, **protocol):
+    """{probe: estimates (n, L)}; with or without the attentive one, of so many epochs at least."""
+    found = {}
+    if attentive:
+        epochs = max(epochs, args.epochs)
+        with Progress(epochs, f'probing {description}', 'epoch') as bar:
+            found['attentive'], _ = probe.attentive(splits, ratio_of(module, args), epochs, scored=args.split,
+                                                    seed=seed, device=device, tick=bar.update, **protocol)
+    return {**found, 'linear': probe.linear(splits, scored=args.split), 'knn': probe.knn(splits, scored=args.split)}
+
+
+def ratio_of(module, args):
+    """MLP ratio of the attentive probe: the flag's, or the model's; 0: probe.AttentiveProbe chooses."""
+    return args.mlp_ratio or getattr(module, 'MLP_RATIO', 0.0)
 
 
 def field_statistics(run, args):
-    """The row of the system's hand-made statistics with ridge regression, or None where it has none."""
+    """(the row of hand-made statistics with ridge regression, how it carries); (None, {}) where a system has none."""
     if run.system.statistics is None:
         print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
-        return None
-    return {'linear': probe.linear(with_products(run.embed('field statistics')), scored=args.split)}
+        return None, {}
+    what = 'field statistics'
+    ridge = lambda splits, *settings: {'linear': probe.linear(splits, scored=args.split)}
+    return row_of(run, args, with_products(embedded(run, args, what)), ridge, trained=False)
+
+
+def embedded(run, args, what, noise=None):
+    """What run.embed gives; with --generalize also the scored split's windows in each way that they are spoilt."""
+    sets = run.embed(what, noise)
+    for how in generalize.INPUTS if args.generalize else ():
+        sets[how] = run.embed(what, noise, how, (args.split,)).get(args.split)
+    return sets
+
+
+def row_of(run, args, sets, fit, trained):
+    """(row of a table, {} or what --generalize finds). fit(splits, attentive, epochs) -> the row of some windows."""
+    if not args.generalize:
+        return fit(sets), {}
+    train = run.splits['train']
+    runs = run.windows['train'][:, 0] if args.fractions == 'runs' else None
+    order = train.labelled(1.0, run.c.seed) if args.fractions == 'runs' else np.random.default_rng(
+        [run.c.seed, 8]).permutation(len(run.windows['train']))
+    return generalize.measure(sets, fit, runs, order, args.split, run.path.parent, trained)
 
 
 def with_products(splits):
@@ -101,27 +134,31 @@ def with_products(splits):
 
 def evaluate_run(run, args):
     """(rows of one run, {title: {probe: estimates}}; what eval.json says of the encoder; its tokens)."""
-    rows, about, kept, noise, protocol = {}, {}, None, None, {}
+    rows, carried, about, kept, noise, protocol = {}, {}, {}, None, None, {}
     if args.probe == 'paper':                                            # some models have settings of their own there
         protocol = probe.PAPER | getattr(run.module, 'PAPER_PROBE', {}).get(run.c.data, {})
         noise = protocol.pop('noise', None)
     for title in run.name, 'random init':
-        embedded = run.embed(title, noise)
-        rows[title], size = probes(embedded, run.module, args, run.probe_seed, run.device, title, **protocol)
+        sets = embedded(run, args, title, noise)
+        fit = lambda splits, *settings: probes(splits, run.module, args, run.probe_seed, run.device, title, *settings,
+                                               **protocol)
+        rows[title], carried[title] = row_of(run, args, sets, fit, title == run.name)
         if title == run.name:
-            kept, means = embedded if args.save_embeddings else None, probe.mean_tokens(embedded['train'][0])
+            kept, means = sets if args.save_embeddings else None, probe.mean_tokens(sets['train'][0])
             about = {'rank': {'effective': models.embedding_health(means)['embedding_rank'], 'of': means.shape[1]}}
-        del embedded                                                     # it may be a large file
+        del sets                                                         # it may be a large file
         if args.finetune:
             with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
                 model = run.model(run.device, title == run.name)
-                tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, args.mlp_ratio or getattr(
-                    run.module, 'MLP_RATIO', 0.0), args.split, run.device, bar.update)
+                tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, ratio_of(run.module, args),
+                                 args.split, run.device, bar.update)
             rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
     network = models.unwrapped(run.model('cpu', trained=False).network)
     encoder = getattr(network, 'encoder', network)
-    parameters = {'encoder': sum(p.numel() for p in encoder.parameters()), 'attentive probe': size}
-    return rows, {'parameters': parameters, **about}, kept
+    head = probe.AttentiveProbe(means.shape[1], len(run.labels), ratio_of(run.module, args))
+    parameters = {'encoder': sum(p.numel() for p in encoder.parameters()),
+                  'attentive probe': sum(p.numel() for p in head.parameters())}
+    return rows, {'parameters': parameters, **about, 'generalization': carried}, kept
 
 
 def tuned_name(args):
@@ -150,8 +187,10 @@ def evaluate(paths, args):
         seen = run.c.resolution, run.c.whole
         if seen not in statistics:
             statistics[seen] = field_statistics(run, args)
-        if statistics[seen]:
-            rows['field statistics'] = statistics[seen]
+        if statistics[seen][0]:
+            rows['field statistics'], about['generalization']['field statistics'] = statistics[seen]
+        if not args.generalize:
+            del about['generalization']
         rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
         results.append(result_of(run, args, rows, about, time.perf_counter() - started))
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
@@ -175,6 +214,7 @@ def result_of(run, args, rows, about, seconds):
             'evaluated_by': run.git, 'machine': machine(run.device),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
+                    **memory_of(run.path.with_name('log.jsonl')),
                     'last_steps': last_steps(run.path.with_name('log.jsonl')),
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
 
@@ -184,6 +224,12 @@ def last_steps(log, steps=100):
     lines = [json.loads(line) for line in log.read_text().splitlines()[-steps:]] if log.exists() else []
     names = lines[-1].keys() - CLOCKS if lines else ()
     return {name: float(np.mean([line[name] for line in lines if name in line])) for name in sorted(names)}
+
+
+def memory_of(log):
+    """{'memory_gb': the peak that a training log ends with}, or {} if there is none."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {'memory_gb': json.loads(lines[-1])['memory_gb']} if lines else {}
 
 
 def scored(rows, targets, runs, labels):
@@ -292,7 +338,7 @@ def evaluate_latents(args):
               f'drawn at random, is held out and scored')
         args.split = 'test'
         seed = max(args.seed, 0)
-        estimates, _ = probes(splits, module, args, seed, pick_device(args.device), title)
+        estimates = probes(splits, module, args, seed, pick_device(args.device), title)
         rows = {title: estimates, 'predict the mean': {p: torch.zeros_like(splits['test'][1]) for p in PROBES}}
         scores, by_run = scored(rows, splits['test'][1], np.arange(len(z) - half), labels)
         if args.data in getattr(module, 'PAPER', {}):
@@ -313,6 +359,8 @@ def main(argv=None):
         raise ValueError(f'--split is valid or test, --probe ours or paper; not {args.split!r} and {args.probe!r}')
     if args.probe == 'paper' and args.split != 'valid':
         raise ValueError('the paper\'s probe is scored on valid: --split valid')
+    if args.fractions not in ('runs', 'windows'):
+        raise ValueError(f'--fractions is runs or windows, not {args.fractions!r}')
     if args.finetune:
         epochs_of(args.finetune)
     if args.save_embeddings and (args.all or len(paths) > 1):
@@ -325,7 +373,7 @@ def main(argv=None):
     if args.latents:
         if paths or args.all or not args.data:
             raise ValueError('--latents takes --data, the name of their system, and no runs')
-        idle = [name for name in ('split', 'probe', 'finetune', 'stride', 'save_embeddings')
+        idle = [name for name in ('split', 'probe', 'finetune', 'generalize', 'stride', 'save_embeddings')
                 if getattr(args, name) != getattr(Settings(), name)]
         if idle:
             raise ValueError(f'--{idle[0].replace("_", "-")} has no meaning for --latents')

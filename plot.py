@@ -29,7 +29,8 @@ import model as models
 import systems
 from data import find_dataset
 from eval import CLOCKS, checkpoints
-from tables import HERE, PUBLISHED, SHARED, merge_rows, of_experiment
+from report import HERE, of_experiment
+from tables import PUBLISHED, SHARED, merge_rows
 from well import read_file
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
@@ -292,7 +293,7 @@ def main(argv=None):
         raise ValueError(f'no run at {", ".join(missing)}')
     if args.targets:
         if not (found := of_experiment(HERE / 'results')):
-            raise ValueError('results/ has none of the experiment: python reproduce.py latents-or-pixels')
+            raise ValueError('results/ has none of the experiment: python benchmark.py latents-or-pixels')
         targets(figure := canvas(12, 5), found)
         Path(args.targets).parent.mkdir(parents=True, exist_ok=True)
         return save(figure, Path(args.targets))

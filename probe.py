@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IN_MEMORY = 2**30           # bytes of a split's tokens, as float32; what is more goes to a file, as float16
+BATCH = 64                  # windows in a step of the attentive probe
 PART = 2**28                # bytes of float32 tokens that are worked on at once
 # The paper's code: steps of 256 windows, a cosine without warmup, the error on valid of every epoch. We take the last.
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
@@ -97,7 +98,7 @@ class AttentiveProbe(nn.Module):
         return self.linear(self.drop(self.pool(tokens)))
 
 
-def attentive(splits, mlp_ratio=0.0, epochs=100, batch=64, lr=1e-3, weight_decay=0.01, warmup_epochs=2, dropout=0.0,
+def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3, weight_decay=0.01, warmup_epochs=2, dropout=0.0,
               keep_best=True, scored='test', seed=0, device='cpu', tick=lambda: None):
     """(estimates (n, L) of an AttentiveProbe, its number of parameters).
 

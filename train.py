@@ -99,6 +99,8 @@ def open_data(c):
     data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
     if not data.varying():
         raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
+    if c.label_fraction < 1:
+        data.windows = data.windows[np.isin(data.windows[:, 0], data.labelled(c.label_fraction, c.seed))]
     return root, data
 
 

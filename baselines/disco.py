@@ -5,8 +5,8 @@ DISCO (Morel et al. 2025, arXiv 2504.19496): read the law of motion off a few fr
     z --generators--> theta, the weights of a small U-Net, the operator
     dy/dt = operator(y; theta),  y(0) = the last frame,  y(1) = the next one
 
-All that the prediction knows of the physics passes through z, the theta latent: arXiv 2603.13227 probes it
-as a baseline. Names are the official code's, so its checkpoints load as they are. Its drop path is left out.
+All that the prediction knows of the physics passes through z, the theta latent: arXiv 2603.13227 probes it as a
+baseline. Names are the official code's, so its checkpoints load. No drop path.
 """
 import math
 from collections import OrderedDict
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
-from common import at_least, check_state, option, published_state, read_tensors
+from common import at_least, check_state, mean_and_std, option, published_state, read_tensors
 
 TITLE = 'DISCO'
 PAPER = {'active_matter': 0.057, 'shear_flow': 0.13, 'rayleigh_benard': 0.01}          # table 1, attentive probe
@@ -83,7 +83,7 @@ def build(o, inputs):
 
 def standardize(x, first):
     """z-scores of x over the axes from `first` on, and the mean and standard deviation that undo them."""
-    std, mean = torch.std_mean(x, dim=tuple(range(first, x.ndim)), keepdim=True)
+    mean, std = mean_and_std(x, tuple(range(first, x.ndim)))
     return (x - mean) / (std + 1e-7), mean, std + 1e-7
 
 
@@ -272,8 +272,8 @@ def bosh3(f, y, max_steps=32, rtol=5e-6, atol=1e-9):
     """y(1) of dy/dt = f(t, y) from y(0) = y, by the third-order Runge-Kutta scheme of Bogacki and Shampine (1989).
 
     The step follows the embedded error estimate, one for the whole batch, but is never under 1/max_steps: steps
-    that short are taken whatever their error. A last step past t = 1 is interpolated. The backward pass computes
-    each step again, so that memory only holds its start, and differentiates the scheme itself.
+    that short are taken whatever their error. A last step past t = 1 is interpolated. The backward pass differentiates
+    the scheme; where there may be many steps it computes each again, so that memory only holds its start.
     """
     def step(t, h, y, k1):
         k2 = f(t + h / 2, y + h / 2 * k1)
@@ -282,6 +282,7 @@ def bosh3(f, y, max_steps=32, rtol=5e-6, atol=1e-9):
         k4 = f(t + h, end)                                               # the next step's k1
         return end, k2, k4, h * (-5 / 72 * k1 + 1 / 12 * k2 + 1 / 9 * k3 - 1 / 8 * k4)
 
+    again = lambda *start: checkpoint(step, *start, use_reentrant=False, preserve_rng_state=False)
     rms = lambda v: v.pow(2).mean().sqrt().item()
     k1 = f(0.0, y)
     with torch.no_grad():                                                # first step: Hairer, Norsett, Wanner, II.4
@@ -292,7 +293,7 @@ def bosh3(f, y, max_steps=32, rtol=5e-6, atol=1e-9):
         h = min(100 * h, max(1e-6, 1e-3 * h) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2))**(1 / 3))
     t, h = 0.0, max(1 / max_steps, h)
     while True:
-        end, k2, k4, error = checkpoint(step, t, h, y, k1, use_reentrant=False, preserve_rng_state=False)
+        end, k2, k4, error = (again if max_steps > 4 else step)(t, h, y, k1)
         with torch.no_grad():
             ratio = rms(error / (atol + rtol * torch.maximum(y.abs(), end.abs())))
         if ratio <= 1 or h <= 1 / max_steps:                             # accepted
@@ -395,8 +396,7 @@ class DISCO(nn.Module):
     def forward(self, context, target, generator=None):
         """Squared error of the target's first frame over its spatial variance, by sample and channel, averaged.
 
-        DISCO's own loss is a Gaussian likelihood with that variance: half of this, plus a constant. Nothing is
-        random, so `generator` is not used.
+        DISCO's own loss is a Gaussian likelihood with that variance: half of this, plus a constant.
         """
         y, mean, std, z = self.next_frame(context)
         self.embedding = z.detach()[:, :, None, None]
@@ -429,8 +429,8 @@ def load_published(model, path):
 def read_latents(folder, dataset):
     """Official latents: <folder>/{train,valid}/batch_*.pt, each {'theta_latent': (b, D), 'labels': (b, L)}.
 
-    Returns {split: (tokens (n, 1, D), labels (n, L'))} as the probes take them, and the names of those L' labels:
-    the ones that vary over train, as simulated, neither in log10 nor z-scored. Raises ValueError, naming the file.
+    Returns {split: (tokens (n, 1, D), labels (n, L'))} as the probes take them, and the names of the L' labels that
+    vary over train, as simulated, neither in log10 nor z-scored. Raises ValueError, naming the file.
     """
     splits, names = {}, LATENT_LABELS[dataset]
     for split in 'train', 'valid':

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import at_least, check_state, option, published_state
+from common import at_least, check_state, mean_and_std, option, published_state
 
 TITLE = 'MPP'
 PAPER = {'active_matter': 0.230, 'shear_flow': 0.59, 'rayleigh_benard': 0.08}          # table 1, attentive probe,
@@ -106,7 +106,7 @@ class RMSInstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim), requires_grad=False)
 
     def forward(self, x):
-        return x / (x.std((-2, -1), keepdim=True) + 1e-8) * self.weight.view(-1, 1, 1)
+        return x * (self.weight.view(-1, 1, 1) / (mean_and_std(x, (-2, -1))[1] + 1e-8))
 
 
 class Stem(nn.Module):
@@ -310,7 +310,7 @@ class AViT(nn.Module):
         if C != len(self.states) or H % 16 or W % 16 or H * W == 16 * 16:
             raise ValueError(f'this MPP model takes {len(self.states)} channels, in two or more patches of 16 x 16: '
                              f'not {C} channels of {H} x {W}')
-        std, mean = torch.std_mean(x, dim=(2, 3, 4), keepdim=True)       # (B, C, 1, 1, 1)
+        mean, std = mean_and_std(x, (2, 3, 4))                           # (B, C, 1, 1, 1)
         std = std + 1e-7
         x = ((x - mean) / std).transpose(1, 2).flatten(0, 1)             # (B*T, C, H, W)
         z = self.embed(x, self.space_bag, self.states).unflatten(0, (B, T))       # (B, T, D, H/16, W/16)

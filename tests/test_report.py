@@ -1,9 +1,10 @@
-"""tables.py: intervals, means over seeds, and that the pages say what results/ says."""
+"""report.py, tables.py: intervals, means over seeds, and that the pages say what results/ says."""
 import json
 
 import numpy as np
 import pytest
 
+import report
 import tables
 
 
@@ -47,7 +48,7 @@ def test_means_over_seeds(tmp_path):
     for seed, error in enumerate((0.2, 0.3, 0.4)):
         write(tmp_path, f'a-nano-seed{seed}', error, seed)
     write(tmp_path, 'a-nano-paired-seed0', 0.5, 0, run=run(200, init='out/x'), field='whole domain at 64 x 64')
-    table = tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
+    table = report.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.233, 0.367]']
@@ -56,22 +57,22 @@ def test_means_over_seeds(tmp_path):
     assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
     assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
     assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
-    each = tables.summary(['parameters', 'a-nano'], tmp_path).splitlines()
+    each = report.summary(['parameters', 'a-nano'], tmp_path).splitlines()
     assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 ~ | 0.400' in each[2]
-    alone = tables.summary(['a-nano-seed1'], tmp_path).splitlines()
+    alone = report.summary(['a-nano-seed1'], tmp_path).splitlines()
     assert alone[2].startswith('| JEPA | 1 | 100 | 0.300 [')
     with pytest.raises(ValueError, match='b-nano'):
-        tables.summary(['b-nano'], tmp_path)
+        report.summary(['b-nano'], tmp_path)
     page = 'before\n<!-- results: a-nano -->\nold\n<!-- /results -->\nafter'
-    assert tables.with_tables(page, tmp_path).splitlines()[2] == table[0]
-    assert tables.with_tables(tables.with_tables(page, tmp_path), tmp_path).endswith('<!-- /results -->\nafter')
+    assert report.with_tables(page, tmp_path).splitlines()[2] == table[0]
+    assert report.with_tables(report.with_tables(page, tmp_path), tmp_path).endswith('<!-- /results -->\nafter')
 
 
 def test_what_is_no_better_than_random_weights_is_marked():
     """By two standard deviations of the difference of the means' spreads: here 2 * sqrt(0.1^2 + 0.2^2) = 0.447."""
     random = [0.4, 0.6, 0.8]
-    assert tables.no_better([0.06, 0.16, 0.26], random) and not tables.no_better([0.05, 0.15, 0.25], random)
-    assert not tables.no_better([0.7], random)
+    assert report.no_better([0.06, 0.16, 0.26], random) and not report.no_better([0.05, 0.15, 0.25], random)
+    assert not report.no_better([0.7], random)
 
 
 def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
@@ -80,27 +81,27 @@ def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
     changed['rows']['random init'], changed['by_run']['random init'] = [
         result(0.2, 0)[k]['random init'] for k in ('rows', 'by_run')]
     (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
-    titles = [line.split(' | ')[0] for line in tables.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()[2:]]
+    titles = [line.split(' | ')[0] for line in report.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()[2:]]
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, paired']
     changed['rows']['random init'] = result(0.3, 0)['rows']['random init']                 # from other weights
     (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
-    assert '| JEPA, paired: random init | 1 |' in tables.summary(['a-nano', 'a-nano-paired'], tmp_path)
+    assert '| JEPA, paired: random init | 1 |' in report.summary(['a-nano', 'a-nano-paired'], tmp_path)
 
 
 def test_one_row_is_one_experiment(tmp_path):
     """Its files differ in their seeds, in nothing else; where they lie does not matter."""
     write(tmp_path, 'a-nano-seed0', 0.2, 0)
     write(tmp_path, 'a-nano-seed1', 0.3, 1, run=run(out='out/elsewhere', seed=1))
-    assert '| JEPA | 2 |' in tables.summary(['a-nano'], tmp_path)
+    assert '| JEPA | 2 |' in report.summary(['a-nano'], tmp_path)
     for changes in dict(run=run(lr=0.1)), dict(probe={**PROBE, 'finetune': '5'}), dict(seeds=SEEDS):
         write(tmp_path, 'a-nano-seed1', 0.3, 1, **changes)
         with pytest.raises(ValueError, match='a-nano-seed1.json'):
-            tables.summary(['a-nano'], tmp_path)
+            report.summary(['a-nano'], tmp_path)
     tuned = result(0.2, 0)
     for key in 'rows', 'by_run':
         tuned[key]['JEPA, fine-tuned'] = tuned[key]['JEPA']
     (tmp_path / 'b-nano-seed0.json').write_text(json.dumps(tuned))
-    assert '| JEPA, fine-tuned | 1 |' in tables.summary(['b-nano'], tmp_path)
+    assert '| JEPA, fine-tuned | 1 |' in report.summary(['b-nano'], tmp_path)
 
 
 def test_the_encoder_with_labels_has_a_row(tmp_path):
@@ -110,7 +111,7 @@ def test_the_encoder_with_labels_has_a_row(tmp_path):
         changed[key]['random init'] = result(0.2, 0)[key]['random init']
     (tmp_path / 'a-nano-supervised-seed0.json').write_text(json.dumps(changed))
     titles = [line.split(' | ')[0] for line in
-              tables.summary(['a-nano', 'a-nano-supervised'], tmp_path).splitlines()[2:]]
+              report.summary(['a-nano', 'a-nano-supervised'], tmp_path).splitlines()[2:]]
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, supervised']
 
 
@@ -127,7 +128,7 @@ def test_systems_side_by_side(tmp_path):
             put(system, 'jepa-nano-vicreg', 'JEPA', 0.01 * scale + 0.002 * seed, seed, rank=rank)
             put(system, 'pixels-nano', 'pixels', 0.2 * scale + 0.1 * seed, seed)
     put('rayleigh_benard', 'jepa-nano-vicreg', 'JEPA', 0.5, 0)
-    table = tables.side_by_side(tmp_path).splitlines()
+    table = report.side_by_side(tmp_path).splitlines()
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
@@ -137,10 +138,10 @@ def test_systems_side_by_side(tmp_path):
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
         (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
-    alone = tables.side_by_side(tmp_path).splitlines()
+    alone = report.side_by_side(tmp_path).splitlines()
     assert any(line.split(' | ')[0] == '| pixels' and line.split(' | ')[4:7] == ['-', '-', '-'] for line in alone)
     page = '<!-- results: latents-or-pixels -->\n<!-- /results -->'
-    assert tables.with_tables(page, tmp_path).splitlines()[1] == table[0]
+    assert report.with_tables(page, tmp_path).splitlines()[1] == table[0]
 
 
 @pytest.mark.parametrize('changes', [
@@ -152,9 +153,9 @@ def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
     write(tmp_path, 'a-nano-seed0', 0.2, 0)
     write(tmp_path, 'a-nano-seed1', 0.2, 1, **changes)
     with pytest.raises(ValueError, match='a-nano-seed1.json'):
-        tables.summary(['a-nano'], tmp_path)
+        report.summary(['a-nano'], tmp_path)
 
 
 def test_the_pages_say_what_results_says(capsys):
-    tables.main(['--check'])
+    report.main(['--check'])
     assert capsys.readouterr().out.count('every table is what results/ gives') == 2
