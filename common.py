@@ -195,10 +195,11 @@ def machine(device):
 
 
 def git_hash():
-    """The commit of this code, with -dirty if it has been changed since."""
+    """The commit of this code, with -dirty if a Python file has been changed since (results and pages may)."""
+    git = lambda *words: subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                        check=True).stdout.strip()
     try:
-        return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-                              cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return git('rev-parse', 'HEAD') + '-dirty' * bool(git('status', '--porcelain', '--untracked-files=no', '*.py'))
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
 
