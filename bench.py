@@ -1,7 +1,7 @@
 """
 Speed and memory of each part against its plain version, measured side by side in one run.
 
-    python bench.py                              # CUDA if there is one, else CPU: about three minutes on 2 cores
+    python bench.py                              # CUDA if there is one, else CPU: five minutes on 2 cores
     python bench.py --device cpu --json bench.json
     python bench.py --only simulation,steps      # some parts; --help lists them
 
