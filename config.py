@@ -70,8 +70,8 @@ class Config:
     save_every: int = of_machine(100, 'steps between checkpoints')
     recompute: bool = of_machine(False, 'gradient checkpointing: blocks keep their input alone, and are computed again '
                                         'in the backward pass. Less memory, a third slower', bare=True)
-    compile: bool = of_machine(False, 'torch.compile the network: minutes first, then (CPU) mpp steps in half the time, '
-                                      'videomae in four fifths, jepa as before', bare=True)
+    compile: bool = of_machine(False, 'torch.compile the network: minutes first, then, on CPU, steps in half the time '
+                                      'for some models, in all of it for others (NOTES.md)', bare=True)
     log_every: int = of_machine(1, 'steps between reading losses from the GPU, which waits for it; the log has all '
                                    'steps, but the rank of the embedding only in the last of them')
 
