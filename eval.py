@@ -39,7 +39,7 @@ import systems
 from data import read_recipe
 from embed import Run, embed_along
 from finetune import epochs_of, finetune
-from tables import PROBES, PUBLISHED, print_table, print_table_one
+from tables import PROBES, PUBLISHED, print_carried, print_table, print_table_one
 
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}   # of the log; the rest is learned
 # what rows depend on
@@ -197,6 +197,8 @@ def evaluate(paths, args):
         if args.save_embeddings:
             save_embeddings(Path(args.save_embeddings), run, tokens)
     print_table(results)
+    for result in results if args.generalize else ():
+        print_carried(result)
     print(f'{sum(r["seconds"] for r in results) / 60:.1f} min, peak memory {peak_memory():.1f} GB; the same numbers '
           f'are in ' + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
 

@@ -31,7 +31,7 @@ import model as models
 from config import MAY_CHANGE
 from rows import EXPERIMENT, FEWER, PAPER_TABLES
 from systems import system_names
-from tables import PROBES, SHARED, interval
+from tables import PROBES, SHARED, interval, number
 
 HERE = Path(__file__).resolve().parent
 PAGES = 'README.md', 'NOTES.md', 'results/README.md'
@@ -130,7 +130,7 @@ def shown(values):
     """Mean and standard deviation, as in a cell."""
     if not values:
         return '-'
-    return f'{np.mean(values):.3f}' + (f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else '')
+    return number(np.mean(values)) + (f' ± {number(np.std(values, ddof=1))}' if len(values) > 1 else '')
 
 
 def markdown(head, rows):
@@ -264,7 +264,7 @@ def carried_table(system, folder):
             where, inputs = list(carried[0]['values']), list(carried[0]['inputs'])
             head = [system, 'probe', *where, 'all values, clean', *inputs]
             pairs = {w: [c['values'][w][p] for c in carried if p in c['values'][w]] for w in where}
-            rows.append([title, p, *('{} ({:.3f})'.format(shown([a for a, _ in pair]), np.mean([b for _, b in pair]))
+            rows.append([title, p, *(f'{shown([a for a, _ in pair])} ({number(np.mean([b for _, b in pair]))})'
                                      if pair else '-' for pair in pairs.values()),
                          shown([c['labels']['1'][p] for c in carried]),
                          *(shown([c['inputs'][how][p] for c in carried]) for how in inputs)])

@@ -55,6 +55,31 @@ def print_table(results):
     print('\n'.join(['', *caveats(results)]))
 
 
+def number(error):
+    """An error in a table: a probe that extrapolates may be far off."""
+    return f'{error:.3f}' if error < 100 else f'{error:,.0f}'
+
+
+def print_carried(result):
+    """What eval.json says of `generalization`: a line for each encoder and probe."""
+    rows = {}
+    for title, carried in result['generalization'].items():
+        for p in PROBES:
+            if p in carried['labels']['1']:
+                shares = {f'{float(share):.0%}': number(by[p]) for share, by in carried['labels'].items()}
+                pairs = {where: by[p] for where, by in carried['values'].items() if p in by}
+                pairs = {where: f'{number(own)} ({number(seen)})' for where, (own, seen) in pairs.items()}
+                rows[f'{title}, {p}'] = shares | pairs | {how: number(by[p]) for how, by in carried['inputs'].items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    widths = {c: max(len(c), *(len(row.get(c, '-')) for row in rows.values())) + 2 for c in columns}
+    name = max(map(len, rows)) + 2
+    print(f'\n{result["row"]}: means over parameters, by the share of training {result["probe"]["fractions"]} with '
+          f'labels; at values unseen by the probe (seen); on spoilt fields\n')
+    print(' ' * name + ''.join(f'{c:>{widths[c]}}' for c in columns))
+    for title, row in rows.items():
+        print(f'{title:{name}}' + ''.join(f'{row.get(c, "-"):>{widths[c]}}' for c in columns))
+
+
 def caveats(results):
     """What must be said of a table, a line each."""
     said, unlike = [], {}
