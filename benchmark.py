@@ -38,6 +38,7 @@ import config
 import eval as evaluation
 import model as models
 import report
+from data import find_dataset
 from rows import GROUPS, ROWS, SCORED
 from systems import system_names
 
@@ -264,7 +265,7 @@ def main(argv=None):
         raise ValueError(f'{jobs} jobs cannot share {len(gpus)} GPUs evenly: choose another --jobs')
     cells = named(names, args)
     for cell in cells if args.preset == 'paper' else ():
-        if not any(Path(cell.data).glob(f'**/{cell.system}/data/*/*.h*5')):
+        if not any(find_dataset(cell.system, cell.data)[0].glob('data/*/*.h*5')):
             raise ValueError(f'no {cell.system} under {cell.data}: README.md says how to get it')
     todo = [(cell, *state) for cell in cells if (state := cell.state())[0]]
     show_plan(todo, cells, args, jobs)

@@ -28,6 +28,7 @@ ROWS = {                                                                 # after
 # the same encoder, that is shown a part of the labels
 FEWER = {f'jepa-nano-short-supervised-{percent}': percent / 100 for percent in (1, 2, 5, 10, 20, 50)}
 ROWS |= {row: f'--model jepa --steps 800 --supervised --label-fraction {share}' for row, share in FEWER.items()}
+# `paper` trains MPP and DISCO from nothing: with their published files, add --init FILE --steps 0
 ROWS |= {f'{model}-{preset}': f'--model {model} --preset {preset}' for preset in ('paper', 'smoke')
          for model in ('jepa', 'videomae', 'mpp', 'disco')}
 ROWS['jepa-paper-supervised'] = '--model jepa --preset paper --supervised'
