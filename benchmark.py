@@ -67,8 +67,8 @@ class Cell:
         found = [(system, r) for system in system_names() for r in ROWS if row == f'{system}-{r}']
         if not found or not seed.isdigit():
             parts = ', '.join(f'{part} (--preset {preset})' for preset, parts in GROUPS.items() for part in parts)
-            raise ValueError(f'no row {row or name!r}: parts are {parts}; a row is a system ({", ".join(system_names())}), '
-                             f'a dash and one of {", ".join(ROWS)}')
+            raise ValueError(f'no row {row or name!r}: parts are {parts}; a row is a system, '
+                             f'{", ".join(system_names())}, a dash and one of {", ".join(ROWS)}')
         (self.system, self.row), self.name, self.seed = found[0], name, int(seed)
         self.run, self.result = Path('rows') / name, Path(args.results) / f'{name}.json'
         self.preset = next((p for p in ('paper', 'smoke') if p in self.row.split('-')), 'nano')
