@@ -8,7 +8,7 @@ A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. Th
 
     NAME NAME           rows (rows.py): the files results/NAME-seed*.json; NAME-seed0 for one of them
     parameters          among names: a column for each parameter
-    table-1             models by systems, beside the paper's numbers
+    table-1 [PROBE ..]  models by systems, beside the paper's numbers; of some probes
     latents-or-pixels   that experiment's rows, its systems side by side
     labels SYSTEM       errors by the share of labels that the probes had
     carried SYSTEM      errors at unseen parameters, and on spoilt fields
@@ -71,15 +71,22 @@ def collect(names, folder, variants=True):
                 found = r['rows'][row], r['by_run'][row], of_run
                 seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
                 if row in SHARED:                                        # once for each dataset, whatever the model
-                    rows[row].setdefault(r['seeds']['data'], found)
+                    same_as(rows[row].setdefault(r['seeds']['data'], found), found)
                     continue
                 own = title + row.removeprefix(r['row']) if row.startswith(r['row']) else f'{title}: {row}'
-                if row == 'random init' and rows[plain].setdefault(seeds, found) == found:
+                if row == 'random init' and same_as(rows[plain].setdefault(seeds, found), found):
                     continue                                             # variants begin with the same weights
                 if seeds in rows[own]:
                     raise ValueError(f'{file}: there is another result of {own} with these seeds')
                 rows[own][seeds] = found
     return {title: list(found.values()) for title, found in rows.items()}, first
+
+
+def same_as(known, found):
+    """Have two results the same errors? Then the first learns what else the second says."""
+    if known[:2] == found[:2]:
+        known[2].update(found[2])
+    return known[:2] == found[:2]
 
 
 def no_better(values, random):
@@ -202,7 +209,7 @@ def ordered(found):
     return sorted(dict.fromkeys(title for rows in found.values() for title in rows), key=rank_of)
 
 
-def table_one(preset, folder):
+def table_one(preset, folder, probes=PROBES):
     """Markdown: models by systems, with the numbers that the paper has (on valid of The Well)."""
     found = of_paper(preset, folder)
     published = {}                                                       # by title and system
@@ -215,9 +222,9 @@ def table_one(preset, folder):
         for system, own in found.items():
             seeds, plain = own.get(title, []), title.replace(', fine-tuned as in the paper', ', fine-tuned')
             rows[-1] += [published.get((plain, system), '-')] + [cell(seeds, floor_of(title, own), p, 'mean')
-                                                                 for p in PROBES]
-    rows.append(['predict the mean'] + ['-', '1', '1', '1'] * len(found))
-    return markdown(['', *(f'{system}: {c}' for system in found for c in ('the paper', *PROBES))], rows)
+                                                                 for p in probes]
+    rows.append(['predict the mean'] + ['-', *['1'] * len(probes)] * len(found))
+    return markdown(['', *(f'{system}: {c}' for system in found for c in ('the paper', *probes))], rows)
 
 
 def label_curves(system, folder, preset='nano'):
@@ -332,8 +339,10 @@ def check_alike(r, first, same, file):
 def made(words, folder):
     """The table that the words of a marker ask for."""
     kind, *rest = words
-    whole = {'latents-or-pixels': side_by_side, 'table-1': lambda folder: table_one('nano', folder), 'cost': cost_table}
+    whole = {'latents-or-pixels': side_by_side, 'cost': cost_table}
     by_system = {'labels': labels_table, 'carried': carried_table}
+    if kind == 'table-1':
+        return table_one('nano', folder, rest or PROBES)
     if kind in whole and not rest:
         return whole[kind](folder)
     if kind in by_system and len(rest) == 1:
