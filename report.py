@@ -270,7 +270,8 @@ def carried_table(system, folder):
                 continue
             where, inputs = list(carried[0]['values']), list(carried[0]['inputs'])
             head = [system, 'probe', *where, 'all values, clean', *inputs]
-            pairs = {w: [c['values'][w][p] for c in carried if p in c['values'][w]] for w in where}
+            fair = 'supervised' not in title                             # its encoder was told the held-out values
+            pairs = {w: [c['values'][w][p] for c in carried if fair and p in c['values'][w]] for w in where}
             rows.append([title, p, *(f'{shown([a for a, _ in pair])} ({number(np.mean([b for _, b in pair]))})'
                                      if pair else '-' for pair in pairs.values()),
                          shown([c['labels']['1'][p] for c in carried]),
