@@ -5,7 +5,6 @@ Pictures of the data, a training run and its error table.
     python plot.py out/... out/...                        # of the first, but errors of all in one picture
     python plot.py out/... --banner figures/banner.png    # only the README's: examples and table in one
     python plot.py --embeddings FILE                      # what eval.py --save-embeddings FILE kept
-    python plot.py --targets figures/targets.png          # the experiment of README.md that has such a picture
 
 Writes examples.png (the flow, for a few parameters of the test split), training.png (from log.jsonl) and
 errors.png (from eval.json; left out until python eval.py has made one), or embeddings.png (mean tokens in their
@@ -29,8 +28,7 @@ import model as models
 import systems
 from data import find_dataset
 from eval import CLOCKS, checkpoints
-from report import HERE, of_experiment
-from tables import PUBLISHED, SHARED, merge_rows
+from tables import PUBLISHED, merge_rows
 from well import read_file
 
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
@@ -46,7 +44,6 @@ class Settings:
     out: str = option('figures', 'folder for the pictures', 'what')
     banner: str = option('', 'write only this picture, examples and error table', 'what')
     embeddings: str = option('', 'npz file of eval.py --save-embeddings: draw only that', 'what')
-    targets: str = option('', 'write only this picture: what encoders were trained to predict, from results/', 'what')
 
 
 def read_example(path, picture):
@@ -62,33 +59,59 @@ def read_example(path, picture):
     return shown, name.replace('_', ' '), *at
 
 
+def files_by_labels(root, labels=()):
+    """({values of the labels: path} of the test split's files, labels): the first two of `labels`, or that vary."""
+    scalars = {}
+    for path in sorted((root / 'data' / 'test').glob('*.h*5')):
+        f, _, found, _ = read_file(path)
+        f.close()
+        scalars[path] = {name: values[0] for name, values in found.items()}
+    if not scalars:
+        raise ValueError(f'{root} has no files in its test split')
+    first = next(iter(scalars.values()))
+    labels = list(labels or (n for n, value in first.items() if any(s[n] != value for s in scalars.values())))[:2]
+    return {tuple(s[name] for name in labels): path for path, s in scalars.items()}, labels
+
+
+def corners(found):
+    """The pairs of smallest and largest values among the keys of {values: path}; without these, the first four."""
+    ends = [sorted(set(values)) for values in zip(*found)]
+    pairs = itertools.product(*((values[0], values[-1]) for values in ends))
+    return [pair for pair in dict.fromkeys(pairs) if pair in found] or list(found)[:4]
+
+
+def limits(shown, name):
+    """(low, high) of the colours of fields with this name, of any shape: a magnitude begins at zero."""
+    return (0, np.quantile(shown, 0.998)) if name.startswith('|') else (shown.min(), shown.max())
+
+
+def show(ax, x, y, frame, low, high):
+    """A field (nx, ny) at x (nx,), y (ny,), without axes."""
+    ax.pcolormesh(x, y, frame.T, cmap='magma', vmin=low, vmax=high, shading='gouraud', rasterized=True)
+    ax.set(xticks=[], yticks=[], aspect='equal')
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def values_of(system, labels, values, between='\n'):
+    """Labels of the files and their values, in words: α = -1, ζ = 17."""
+    return between.join(f'{symbol(system, system.name_of(n))} = {v:g}' for n, v in zip(labels, values))
+
+
 def examples(figure, root, system, labels, frames):
     """A row of frames for each pair of smallest and largest parameters of the test split, each on its own scale."""
-    labels, found = list(labels)[:2], {}
-    for path in sorted((root / 'data' / 'test').glob('*.h*5')):
-        f, _, scalars, _ = read_file(path)
-        f.close()
-        found[tuple(scalars[name][0] for name in labels)] = path
-    if not found:
-        raise ValueError(f'{root} has no files in its test split')
-    ends = [sorted({values[i] for values in found}) for i in range(len(labels))]
-    corners = itertools.product(*((values[0], values[-1]) for values in ends))
-    rows = [pair for pair in dict.fromkeys(corners) if pair in found] or list(found)[:4]
-    axes = figure.subplots(len(rows), frames, squeeze=False)
-    for row, pair in zip(axes, rows):
+    found, labels = files_by_labels(root, labels)
+    pairs = corners(found)
+    axes = figure.subplots(len(pairs), frames, squeeze=False)
+    for row, pair in zip(axes, pairs):
         shown, name, time, x, y = read_example(found[pair], system.picture)
         picked = np.linspace(0, len(shown) - 1, frames + 1).round().astype(int)[1:]      # t = 0 is dull
-        size = name.startswith('|')                                      # a magnitude begins at zero
-        low, high = (0, np.quantile(shown[picked], 0.998)) if size else (shown.min(), shown.max())
+        low, high = limits(shown[picked] if name.startswith('|') else shown, name)
         for ax, i in zip(row, picked):
-            ax.pcolormesh(x, y, shown[i].T, cmap='magma', vmin=low, vmax=high, shading='gouraud', rasterized=True)
-            ax.set(xticks=[], yticks=[], aspect='equal')
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
+            show(ax, x, y, shown[i], low, high)
             if ax in axes[0]:
                 ax.set_title(f't = {time[i]:g}', pad=4)
-        names = [symbol(system, system.name_of(label)) for label in labels]
-        row[0].set_ylabel('\n'.join(f'{n} = {v:g}' for n, v in zip(names, pair)), rotation=0, ha='right', va='center')
+        row[0].set_ylabel(values_of(system, labels, pair), rotation=0, ha='right', va='center')
     figure.suptitle(f'{name[:1].upper()}{name[1:]}, each row on its own scale', fontsize=10)
 
 
@@ -174,45 +197,6 @@ def embeddings(figure, kept, system):
     figure.suptitle(f'{kept["model"]}, {kept["system"]}: large dots are test windows', fontsize=10)
 
 
-def targets(figure, found):
-    """Errors by what an encoder was trained to predict, a panel for each system, and what was missed at each scale.
-
-    found: {system: {title: [(errors, errors by run, of the run) of each seed]}}, of tables.of_experiment. A dot is a
-    seed, a bar their mean, a red stroke the same encoder before training.
-    """
-    *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.1])
-    titles = [t for t in dict.fromkeys(t for rows in found.values() for t in rows)
-              if t not in SHARED and not t.endswith('random init')]
-    errors = lambda rows, title, p: [e[p]['mean'] for e, _, _ in rows.get(title, [])]
-    for ax, (system, rows) in zip(panels, found.items()):
-        for (i, title), (j, p) in itertools.product(enumerate(titles), enumerate(PROBES)):
-            y, seeds = i + 0.25 * (j - 1), errors(rows, title, p)
-            if seeds:
-                ax.barh(y, np.mean(seeds), 0.22, color=PROBES[p])
-                ax.plot(seeds, [y] * len(seeds), '.', ms=4, color='#222222')
-                if before := errors(rows, title.partition(',')[0] + ': random init', p):
-                    ax.plot([np.mean(before)] * 2, [y - 0.12, y + 0.12], color='#c0392b', lw=1.5)
-        ax.set(title=system.replace('_', ' '), yticks=range(len(titles)), ylim=(len(titles) - 0.4, -0.6),
-               yticklabels=titles if ax is panels[0] else [], xlabel='error on test (MSE, z-scored)')
-        ax.grid(axis='x')
-        ax.grid(False, axis='y')
-    bands, colors = ('low', 'mid', 'high'), {}
-    for (system, rows), style in zip(found.items(), itertools.cycle(('-o', '--s', ':^'))):
-        for title in titles:
-            ends = [run['last_steps'] for _, _, run in rows.get(title, []) if 'low' in run.get('last_steps', {})]
-            if ends:
-                color = colors.setdefault(title, [*PROBES.values(), '#444444'][len(colors) % 4])
-                last.plot(bands, [np.mean([end[b] for end in ends]) for b in bands], style, ms=4, color=color,
-                          label=f'{title}, {system.replace("_", " ")}')
-    last.axhline(1, color='#444444', lw=0.8, ls='--')
-    last.set(title='Share of the target not predicted', xlabel='spatial scale', ylim=(0, None), xticks=range(3),
-             xticklabels=['> 8 px', '4 to 8', '< 4 px'])
-    last.legend(fontsize=7)
-    keys = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PROBES.values()]
-    figure.legend([*keys, plt.Line2D([], [], color='#c0392b')], [*PROBES, 'before training'],
-                  loc='outside lower center', ncols=4)
-
-
 def save(figure, path):
     part = path.with_name(path.name + '.part.png')
     figure.savefig(part)
@@ -226,16 +210,14 @@ def canvas(width, height):
     return plt.figure(figsize=(width, height), dpi=120, layout='constrained')
 
 
-def plot_embeddings(args, out):
-    path = Path(args.embeddings)
+def read_embeddings(path):
+    """(the arrays of a file of eval.py --save-embeddings, its System)."""
     try:
         kept = dict(np.load(path, allow_pickle=False))
         name = str(kept['system'])
     except (OSError, ValueError, KeyError):
         raise ValueError(f'{path} is no file of eval.py --save-embeddings') from None
-    system = systems.find_system(name) if name in systems.system_names() else systems.System()
-    embeddings(figure := canvas(5 * len(kept['label_names']), 4.2), kept, system)
-    save(figure, out / 'embeddings.png')
+    return kept, systems.find_system(name) if name in systems.system_names() else systems.System()
 
 
 def read_tables(runs):
@@ -291,16 +273,12 @@ def main(argv=None):
     out = Path(args.out)
     if missing := [str(p) for p in paths if not p.exists()]:
         raise ValueError(f'no run at {", ".join(missing)}')
-    if args.targets:
-        if not (found := of_experiment(HERE / 'results')):
-            raise ValueError('results/ has none of the experiment: python benchmark.py latents-or-pixels')
-        targets(figure := canvas(12, 5), found)
-        Path(args.targets).parent.mkdir(parents=True, exist_ok=True)
-        return save(figure, Path(args.targets))
     if not args.banner:
         out.mkdir(parents=True, exist_ok=True)
     if args.embeddings:
-        plot_embeddings(args, out)
+        kept, system = read_embeddings(args.embeddings)
+        embeddings(figure := canvas(5 * len(kept['label_names']), 4.2), kept, system)
+        save(figure, out / 'embeddings.png')
     else:
         plot_runs([p if p.is_dir() else p.parent for p in paths or checkpoints()[-1:]], args, out)
 

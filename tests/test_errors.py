@@ -71,6 +71,7 @@ def test_damaged_data_is_refused(tmp_path, damage):
     ('simulate.py shear_flow --preset macro', 'macro'),
     ('plot.py nowhere', 'nowhere'),
     ('plot.py --embeddings file', 'file'),
+    ('figures.py --results nowhere', 'no results in nowhere'),
     ('simulate.py active_matter --data-dir file', 'file'),
     ('simulate.py active_matter', 'choose another --data-dir'),          # ./data holds somebody else's
     ('eval.py nowhere.pt', 'nowhere.pt'),

@@ -1,0 +1,171 @@
+"""figures.py: pictures say what the tables say, and are drawn without the cells and datasets that are not there."""
+import json
+
+import numpy as np
+import pytest
+
+import figures
+import plot
+import report
+from helpers import files_of, make_published, refused
+from systems import find_system
+from test_report import result
+
+BENCHMARK = {'jepa-nano-vicreg': 'JEPA', 'disco-nano': 'DISCO', 'jepa-nano-short-supervised': 'JEPA, supervised'}
+SHARES = {0.1: 3.0, 0.5: 2.0, 1.0: 1.0}                                  # and the error there, in units of the last
+
+
+def put(folder, system, row, error, seed, **changes):
+    """A cell: errors fall with labels as SHARES says; its random weights have twice the error."""
+    title = BENCHMARK[row]
+    r = result(error, seed, title, system=system, parameters={'encoder': 9}, cost={'gflop_per_window': 0.5 + len(row)})
+    r['run'] |= {'windows_seen': 4000, 'train_seconds': 60.0, 'memory_gb': 1.0}
+    for key in 'rows', 'by_run':                                         # its encoder's, with labels or without
+        r[key]['random init'] = result(0.2 + 0.1 * seed, seed)[key]['random init']
+    curve = lambda e, probes: {'labels': {f'{share:g}': {p: e * k for p in probes} for share, k in SHARES.items()}}
+    r['generalization'] = {title: curve(error, plot.PROBES), 'random init': curve(0.5, ('linear', 'knn')),
+                           'field statistics': curve(0.01 * (seed + 1), ('linear',))}
+    (folder / f'{system}-{row}-seed{seed}.json').write_text(json.dumps(r | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of two systems, one of them without one of the models, two seeds; the third system has none."""
+    (tmp_path / 'results').mkdir()
+    for seed in 0, 1:
+        put(tmp_path / 'results', 'active_matter', 'jepa-nano-vicreg', 0.1 * (1 + seed), seed)
+        put(tmp_path / 'results', 'active_matter', 'disco-nano', 0.3, seed)
+        put(tmp_path / 'results', 'shear_flow', 'disco-nano', 0.4, seed)
+        put(tmp_path / 'results', 'shear_flow', 'jepa-nano-short-supervised', 0.05 * (1 + seed), seed)
+    put(tmp_path / 'results', 'shear_flow', 'jepa-nano-short-supervised', 0.05, 0, generalization={})
+    r = json.loads((tmp_path / 'results/shear_flow-jepa-nano-short-supervised-seed0.json').read_text())
+    r['rows']['JEPA, supervised'] = result(0.2, 0)['rows']['JEPA']
+    (tmp_path / 'results/shear_flow-jepa-nano-short-supervised-10-seed0.json').write_text(json.dumps(r))
+    return tmp_path / 'results'
+
+
+def lines_of(ax):
+    return {line.get_label(): line for line in ax.lines if not line.get_label().startswith('_')}
+
+
+def test_the_curves_are_those_of_the_table(folder):
+    """Encoders' under the attentive probe, the statistics' under the linear one; bands of one std of the logarithm."""
+    figure, absent = figures.draw_labels(None, folder)
+    assert absent == ['rayleigh benard'] and [ax.get_title() for ax in figure.axes] == ['active matter', 'shear flow']
+    for ax, system in zip(figure.axes, ('active_matter', 'shear_flow')):
+        curves, lines = report.label_curves(system, folder), lines_of(ax)
+        titles = {'active_matter': ['JEPA', 'DISCO', 'field statistics (linear)', 'guessing the mean'], 'shear_flow': [
+            'DISCO', 'JEPA, supervised, from scratch', 'field statistics (linear)', 'guessing the mean']}[system]
+        assert sorted(lines) == sorted(titles)
+        for title in titles[:-1]:
+            by = curves[title.removesuffix(' (linear)'), 'linear' if '(' in title else 'attentive']
+            x, y = lines[title].get_data()
+            assert list(x) == sorted(by) and list(y) == pytest.approx([np.mean(by[share]) for share in sorted(by)])
+    band = figure.axes[0].collections[0].get_paths()[0].vertices         # JEPA: 0.1 and 0.2, a factor of 2 apart
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.15 / 2**0.5**0.5, 3 * 0.15 * 2**0.5**0.5))
+
+
+def test_each_seed_stands_at_what_it_cost(folder):
+    """Markers at TFLOP and error, a stroke at the error before training, lines for labels and the statistics."""
+    figure, absent = figures.draw_cost(None, folder)
+    active, shear = figure.axes
+    assert absent == ['rayleigh benard'] and 'JEPA' not in lines_of(shear) and 'JEPA, supervised' in lines_of(shear)
+    jepa = lines_of(active)['JEPA']
+    assert jepa.get_xdata() == pytest.approx([(0.5 + len('jepa-nano-vicreg')) * 4] * 2)
+    assert sorted(jepa.get_ydata()) == pytest.approx([0.1, 0.2])
+    strokes = [line.get_ydata() for line in active.lines if line.get_marker() == '_' and len(line.get_xdata())]
+    assert np.ravel(strokes) == pytest.approx([0.5, 0.5])                # twice 0.2 and twice 0.3
+    level = lambda ax, name: lines_of(ax)[name].get_ydata()[0]
+    assert level(shear, 'JEPA, supervised') == pytest.approx(0.075)
+    assert level(active, 'field statistics (linear)') == pytest.approx(0.015)
+
+
+def test_a_model_has_one_colour(folder):
+    found = [lines_of(ax) for draw in (figures.draw_labels, figures.draw_cost) for ax in draw(None, folder)[0].axes]
+    colors = {name: {lines[name].get_color() for lines in found if name in lines} for name in ('JEPA', 'DISCO')}
+    assert all(len(own) == 1 for own in colors.values()) and colors['JEPA'] != colors['DISCO']
+    assert {lines['JEPA, supervised'].get_color() for lines in found if 'JEPA, supervised' in lines} == colors['JEPA']
+
+
+def row(*errors, **last_steps):
+    return [({p: {'mean': e} for p in plot.PROBES}, {}, {'last_steps': last_steps}) for e in errors]
+
+
+def test_targets_with_rows_missing():
+    """Bars and strokes stand where their row's name does; a model keeps its colour, a system its line."""
+    missed = dict(low=0.8, mid=0.9, high=1.0)
+    found = {'active_matter': {'JEPA, vicreg': row(0.1, 0.2), 'JEPA: random init': row(0.4, 0.6),
+                               'pixels': row(0.3, **missed), 'VideoMAE': row(0.5, **missed), 'field statistics': []},
+             'shear_flow': {'VideoMAE': row(0.7, **missed), 'VideoMAE: random init': row(0.9)}}
+    figures.targets(figure := plot.canvas(12, 5), found)
+    active, shear, last = figure.axes
+    assert [label.get_text() for label in active.get_yticklabels()] == ['JEPA, vicreg', 'pixels', 'VideoMAE']
+    bars = {(round(bar.get_y() + bar.get_height() / 2), round(bar.get_width(), 3)) for bar in active.patches}
+    assert bars == {(0, 0.15), (1, 0.3), (2, 0.5)} and {round(b.get_width(), 3) for b in shear.patches} == {0.7}
+    assert all(1.6 < bar.get_y() for bar in shear.patches)
+    strokes = [line.get_xdata()[0] for line in active.lines if line.get_color() == figures.BEFORE]
+    assert strokes == pytest.approx([0.5] * 3)
+    lines = {line.get_label(): line for line in last.lines if ',' in line.get_label()}
+    assert {'pixels, active matter', 'VideoMAE, active matter', 'VideoMAE, shear flow'} <= lines.keys()
+    assert lines['VideoMAE, active matter'].get_color() == lines['VideoMAE, shear flow'].get_color()
+    assert lines['pixels, active matter'].get_color() != lines['VideoMAE, active matter'].get_color()
+    assert lines['VideoMAE, active matter'].get_linestyle() != lines['VideoMAE, shear flow'].get_linestyle()
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ['attentive', 'linear', 'knn', 'before training']
+
+
+def test_corners():
+    """Smallest and largest of each parameter, of those that are there; else the first files."""
+    grid = {(a, z): f'{a} {z}' for a in (-2.0, -1.0, -3.0) for z in (5.0, 1.0, 9.0)}
+    assert plot.corners(grid) == [(-3.0, 1.0), (-3.0, 9.0), (-1.0, 1.0), (-1.0, 9.0)]
+    del grid[-3.0, 9.0]
+    assert plot.corners(grid) == [(-3.0, 1.0), (-1.0, 1.0), (-1.0, 9.0)]
+    assert plot.corners({(1.0, 2.0): '', (2.0, 1.0): '', (3.0, 3.0): ''}) == [(3.0, 3.0)]
+    assert plot.corners({(1.0, 2.0): '', (2.0, 1.0): ''}) == [(1.0, 2.0), (2.0, 1.0)]
+    assert figures.span(0.000598, 0.9994) == '0 to 1' and figures.span(-5.06e-5, 5.06e-5) == '-5e-05 to 5e-05'
+
+
+def test_runs_are_shown_at_the_values_they_are_labelled_with(tmp_path):
+    root, system = make_published(tmp_path), find_system('active_matter')
+    left, x, y, frames = figures.trajectory('active_matter', system, root)
+    path = next(path for path in files_of(root, 'test') if 'alpha_-1.0' in path.name)
+    shown, _, _, _, _ = plot.read_example(path, system.picture)
+    assert left == 'active matter\n|velocity|\nα = -1' and len(x) == len(y) == 16
+    assert [frame[0] for frame in frames] == ['t = 8', 't = 16', 't = 23', 't = 31', 't = 39']
+    assert all(np.array_equal(frame[2], shown[t]) for frame, t in zip(frames, (8, 16, 23, 31, 39)))
+    left, _, _, frames = figures.extremes('active_matter', system, root)
+    assert left.endswith('t = 29') and [frame[0] for frame in frames] == ['α = -5', 'α = -1']
+    assert np.array_equal(frames[1][2], shown[29]) and all(frame[1].startswith('0 to ') for frame in frames)
+    figures.fields(figure := plot.canvas(9, 4), [(left, x, y, frames), (left, x, y, frames[:1])])
+    assert [len(ax.collections) for ax in figure.axes] == [1, 1, 1, 0]
+
+
+def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
+    """In one line, and all else is drawn."""
+    monkeypatch.setenv('THE_WELL_DATA_DIR', '')
+    monkeypatch.chdir(tmp_path)
+    make_published(tmp_path / 'data' / 'seed0')
+    rng, kept = np.random.default_rng(0), []
+    for system, names in ('active_matter', ['alpha', 'zeta']), ('shear_flow', ['Reynolds', 'Schmidt']):
+        np.savez(tmp_path / f'{system}.npz', embedding=rng.normal(size=(9, 4)), labels=1 + rng.random((9, 2)),
+                 label_names=names, log_labels=[False, True], split=['train', 'test', 'test'] * 3, system=system,
+                 model='JEPA')
+        kept.append(f'{system}.npz')
+    figures.main(['--results', str(folder), '--embeddings', ','.join(kept)])
+    *saved, left_out = capsys.readouterr().out.splitlines()
+    drawn = {path.name for path in (tmp_path / 'figures').iterdir()}
+    assert drawn == {f'{name}.png' for name in ('targets', 'labels', 'cost', 'systems', 'parameters', 'embeddings')}
+    assert len(saved) == len(drawn) and left_out.startswith('left out: rayleigh benard in labels.png; ')
+    assert 'rayleigh benard, shear flow in systems.png' in left_out
+    for file in folder.glob('*jepa*'):
+        file.unlink()
+    for file in folder.glob('*.json'):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items()
+                                    if k not in ('generalization', 'cost')}))
+    figures.main(['--results', str(folder), '--data-dir', 'nowhere', '--out', 'few'])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and all(f'{name}.png (' in said[0] for name in figures.PICTURES)
+
+
+def test_without_any_results(tmp_path):
+    assert not refused('figures.py', '--results', tmp_path, cwd=tmp_path, words=['no results', 'benchmark.py'])
