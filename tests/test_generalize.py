@@ -1,4 +1,4 @@
-"""generalize.py: fewer labels, values that a probe has not seen, spoilt fields; and encoders trained with fewer labels."""
+"""generalize.py: fewer labels, values that a probe has not seen, spoilt fields; encoders trained with fewer labels."""
 import json
 import math
 from pathlib import Path
@@ -149,7 +149,8 @@ def test_spoilt_fields_are_scored_by_probes_of_clean_ones(tmp_path, scored, trai
     for i, how in enumerate(INPUTS, 1):
         sets[how] = tokens + 10 * i, labels
     fit = Fit()
-    estimates, found = generalize.measure(sets, fit, np.repeat(np.arange(9), 3), np.arange(9), scored, tmp_path, trained)
+    runs, order = np.repeat(np.arange(9), 3), np.arange(9)
+    estimates, found = generalize.measure(sets, fit, runs, order, scored, tmp_path, trained)
     probes = ['linear', 'knn', 'attentive']
     assert list(estimates) == probes and torch.equal(estimates['knn'], tokens.float().mean(1) + 1)
     splits, attentive, epochs = fit.asked[0]
@@ -158,8 +159,8 @@ def test_spoilt_fields_are_scored_by_probes_of_clean_ones(tmp_path, scored, trai
     own = probes if trained else probes[:2]
     assert list(found) == ['labels', 'values', 'inputs'] and list(found['inputs']) == list(INPUTS)
     for i, how in enumerate(INPUTS, 1):
-        assert found['inputs'][how] == {p: pytest.approx((estimates[p] + 10 * i - labels).pow(2).mean().item(), rel=1e-5)
-                                        for p in own}
+        errors = {p: (estimates[p] + 10 * i - labels).pow(2).mean().item() for p in own}
+        assert found['inputs'][how] == pytest.approx(errors, rel=1e-5)
     assert list(found['labels']) == ['0.01', '0.02', '0.05', '0.1', '0.2', '0.5', '1']
     assert found['labels']['1'] == {p: pytest.approx((estimates[p] - labels).pow(2).mean().item()) for p in own}
     assert [attentive for _, attentive, _ in fit.asked] == [True] + [trained] * 6 + [False] * 4       # two labels
@@ -196,7 +197,7 @@ def test_half_resolution_keeps_what_is_coarse():
 
 
 def test_an_encoder_sees_spoilt_windows_of_the_split_that_is_scored(trained):
-    """Noise in units of each channel's spread, also for encoders whose inputs are not normalised; one for each window."""
+    """Noise in units of each channel's spread, for encoders of raw fields, too; one for each window."""
     noises = []
     for batch, normalised in (3, True), (16, True), (16, False):
         run = evaluation.Run(trained, evaluation.Settings(stride=24, batch=batch))
@@ -262,7 +263,8 @@ def test_fractions_are_of_runs_or_of_windows(trained, monkeypatch, capsys):
     asked = lambda seed=0, **flags: (setattr(run.c, 'seed', seed), evaluation.row_of(
         run, evaluation.Settings(generalize=True, **flags), {}, None, True))[1]
     runs, order, scored, folder, trained = asked()
-    assert np.array_equal(runs, run.windows['train'][:, 0]) and (scored, folder, trained) == ('valid', run.path.parent, 1)
+    assert np.array_equal(runs, run.windows['train'][:, 0])
+    assert (scored, folder, trained) == ('valid', run.path.parent, True)
     assert np.array_equal(order, run.splits['train'].labelled(1.0, 0))
     runs, order, *_ = asked(fractions='windows')
     assert runs is None and np.array_equal(np.sort(order), np.arange(len(run.windows['train'])))
@@ -281,8 +283,8 @@ def test_an_encoder_trained_with_few_labels(well, tmp_path, monkeypatch):
     seen, load = set(), data.Split.load
     monkeypatch.setattr(data.Split, 'load', lambda self, windows, *args, **settings: seen.update(
         run for run, _ in windows) or load(self, windows, *args, **settings))
-    flags = [str(v) for v in (*TINY, '--data-dir', well, '--steps', 4, '--seed', 5, '--supervised', '--label-fraction', 0.5)]
-    train.main(flags)
+    flags = [*TINY, '--data-dir', well, '--steps', 4, '--seed', 5, '--supervised', '--label-fraction', 0.5]
+    train.main([str(v) for v in flags])
     out = Path('out/active_matter-jepa-nano-supervised-0.5-seed5')
     run = evaluation.Run(out, evaluation.Settings(stride=16))
     known = set(run.splits['train'].labelled(0.5, 5).tolist())

@@ -1,10 +1,15 @@
 """benchmark.py, killed again and again: it goes on, and its numbers are those of one that was left in peace."""
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
+from pathlib import Path
 
+import benchmark
+from common import alone_in
 from helpers import command, linked, losses
 
 ROW = 'rayleigh_benard-jepa-smoke'
@@ -68,3 +73,23 @@ def test_a_benchmark_that_was_killed_gives_the_same_errors(tmp_path):
     one, other = (json.loads((folder / f'results/{ROW}-seed0.json').read_text()) for folder in (killed, peace))
     assert len(one['rows']['JEPA']) == 3 and all(one[k] == other[k] for k in ('rows', 'by_run', 'seeds', 'cost'))
     assert len(losses(killed / OUT)) == 20 and losses(killed / OUT) == losses(peace / OUT)
+
+
+def test_a_benchmark_waits_for_what_another_left_behind(tmp_path, monkeypatch):
+    """Who dies leaves its lock to the script that it had started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, 'HERE', tmp_path)
+    (tmp_path / 'train.py').write_text('import time; open("begun", "w"); time.sleep(1); open("done", "w")')
+    (tmp_path / 'lock').touch()
+    lock = os.open('lock', os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    cell = benchmark.Cell(f'{ROW}-seed0', benchmark.Settings())
+    job = threading.Thread(target=cell.execute, args=(['train.py'], [], None, lock, 1))
+    job.start()
+    while not Path('begun').exists():
+        time.sleep(0.01)
+    os.close(lock)                                                       # as when it dies
+    assert not Path('done').exists()
+    with alone_in('lock'):
+        assert Path('done').exists()
+    job.join()

@@ -162,9 +162,10 @@ def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
 
 def carried(error, *probes):
     """What --generalize finds: worse with fewer labels, by 0.1, and still worse at unseen values and on noise."""
-    return {'labels': {'0.1': {p: error + 0.1 for p in probes}, '1': {p: error for p in probes}},
+    worse = lambda more: {p: error + more for p in probes}
+    return {'labels': {'0.1': worse(0.1), '1': worse(0)},
             'values': {'between': {p: [error + 0.2, error / 2] for p in probes if p != 'attentive'}},
-            'inputs': {'noise 1': {p: error + 0.4 for p in probes}, 'half resolution': {p: error + 0.3 for p in probes}}}
+            'inputs': {'noise 1': worse(0.4), 'half resolution': worse(0.3)}}
 
 
 def put(folder, name, error, seed, row='JEPA', floor=0.9, **changes):
@@ -241,7 +242,8 @@ def test_the_papers_own_way_of_fine_tuning_has_its_number(tmp_path, monkeypatch)
     put(tmp_path, 'active_matter-mpp-nano', 0.7, 0, 'MPP')
     monkeypatch.delattr(find_model('pixels'), 'TITLE')
     by = {row[0]: row[1:] for row in cells_of(report.table_one('paper', tmp_path))[1]}
-    assert by['MPP, fine-tuned as in the paper'] == [f'{find_model("mpp").PAPER["active_matter"]:.3f}', '0.300', '-', '-']
+    published = find_model('mpp').PAPER['active_matter']
+    assert by['MPP, fine-tuned as in the paper'] == [f'{published:.3f}', '0.300', '-', '-']
     assert by['MPP'][:2] == ['-', '0.400'] and 'JEPA' not in by
 
 
@@ -302,7 +304,8 @@ def test_what_the_models_cost(tmp_path):
 
 
 def test_the_words_of_a_marker_choose_its_table(tmp_path, monkeypatch):
-    kinds = dict(side_by_side='latents-or-pixels', cost_table='cost', labels_table='labels s', carried_table='carried s')
+    kinds = dict(side_by_side='latents-or-pixels', cost_table='cost', labels_table='labels s',
+                 carried_table='carried s')
     for name in kinds:
         monkeypatch.setattr(report, name, lambda *args, name=name: (name, *args))
     monkeypatch.setattr(report, 'table_one', lambda *args: ('table_one', *args))
