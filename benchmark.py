@@ -104,30 +104,34 @@ class Cell:
     def state(self):
         """(what is to be done: '', 'scoring' or 'training'; in words)."""
         step, steps = self.progress()
+        what = 'training' if step < steps else 'scoring'
         if self.result.exists():
-            what, differs = self.why_stale(json.loads(self.result.read_text()))
-            return 'training' if what and step < steps else what, differs
+            differs = self.why_stale(json.loads(self.result.read_text()))[1]
+            return what * bool(differs), differs
         if step == steps:
-            return 'scoring', 'trained'
-        return 'training', f'trained to step {step} of {steps}' if step else ''
+            return what, 'trained'
+        return what, f'trained to step {step} of {steps}' if step else ''
+
+    def checkpoint(self):
+        """(its run's checkpoint dict, what of its settings differs from the row's); ({}, '') if there is none."""
+        if not (self.run / 'ckpt.pt').exists():
+            return {}, ''
+        state = models.load_checkpoint(self.run / 'ckpt.pt')
+        there = {'run': {'settings': plain(state['config'] | state['options'])}, 'probe': {}, 'generalization': {}}
+        return state, self.why_stale(there)[1]
 
     def progress(self):
         """(step its training has reached, steps)."""
-        if not (self.run / 'ckpt.pt').exists():
-            return 0, 1
-        state = models.load_checkpoint(self.run / 'ckpt.pt')
-        return state['step'], state['steps']
+        state, differs = self.checkpoint()
+        return (state['step'], state['steps']) if state and not differs else (0, 1)
 
     def set_aside(self):
         """Move a run of other settings out of the way: train.py would refuse to go on with it."""
-        if (self.run / 'ckpt.pt').exists():
-            state = models.load_checkpoint(self.run / 'ckpt.pt')
-            there = {'run': {'settings': plain(state['config'] | state['options'])}, 'probe': {}, 'generalization': {}}
-            if self.why_stale(there)[0]:
-                old = self.run.with_name(self.run.name + '.old')
-                if old.exists():
-                    raise ValueError(f'{self.run} is of other settings, and {old} is there already: delete one')
-                self.run.rename(old)
+        if self.checkpoint()[1]:
+            old = self.run.with_name(self.run.name + '.old')
+            if old.exists():
+                raise ValueError(f'{self.run} is of other settings, and {old} is there already: delete one')
+            self.run.rename(old)
 
     def make(self, gpus, log):
         """Simulate, train, score, and keep what was found in results/. gpus: their numbers; log: file, or None."""
@@ -149,7 +153,7 @@ class Cell:
         if self.preset != 'paper' and set(known['seeds'].values()) != {self.seed}:
             raise ValueError(f'{table} is of other seeds, {known["seeds"]}: delete {self.data}')
         known['cost'] = {'gflop_per_window': self.gflop_per_window()}
-        self.result.parent.mkdir(exist_ok=True)
+        self.result.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.result, json.dumps(known, indent=1))
         return known
 
@@ -241,14 +245,17 @@ def make_all(todo, jobs, gpus):
 
     with ThreadPoolExecutor(jobs) as pool:
         pending = {pool.submit(work, cell): cell for cell in todo}
-        for n, future in enumerate(as_completed(pending), 1):
-            cell = pending[future]
-            try:
-                words = future.result()
-            except (ValueError, OSError) as e:
-                failed[cell.name] = words = f'failed, {e}'
-            left = (time.time() - started) / n * (len(todo) - n) / 3600
-            say(f'{cell.name}: {words}. {n} of {len(todo)}, about {left:.1f} hours to go')
+        try:
+            for n, future in enumerate(as_completed(pending), 1):
+                cell = pending[future]
+                try:
+                    words = future.result()
+                except (ValueError, OSError) as e:
+                    failed[cell.name] = words = f'failed, {e}'
+                left = (time.time() - started) / n * (len(todo) - n) / 3600
+                say(f'{cell.name}: {words}. {n} of {len(todo)}, about {left:.1f} hours to go')
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)               # Ctrl-C: no other cell starts
     return failed
 
 
@@ -260,19 +267,21 @@ def main(argv=None):
         nargs='*', help='parts, rows or cells (default: all)'))
     at_least(args, 1, 'seeds')
     at_least(args, 0, 'jobs')
-    gpus = list(range(torch.cuda.device_count()))
+    count = torch.cuda.device_count()                                    # of those that we are to see
+    gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(count)))).split(',')[:count]
     jobs = args.jobs or len(gpus) or os.cpu_count()
     if len(gpus) % jobs and gpus:
         raise ValueError(f'{jobs} jobs cannot share {len(gpus)} GPUs evenly: choose another --jobs')
     cells = named(names, args)
-    for cell in cells if args.preset == 'paper' else ():
-        if not any(find_dataset(cell.system, cell.data)[0].glob('data/*/*.h*5')):
+    for cell in cells:
+        if cell.preset == 'paper' and not any(find_dataset(cell.system, cell.data)[0].glob('data/*/*.h*5')):
             raise ValueError(f'no {cell.system} under {cell.data}: README.md says how to get it')
     todo = [(cell, *state) for cell in cells if (state := cell.state())[0]]
     show_plan(todo, cells, args, jobs)
     if args.dry_run:
         return
-    failed = make_all([cell for cell, _, _ in todo], min(jobs, max(1, len(todo))), gpus)
+    jobs = next(n for n in range(min(jobs, max(1, len(todo))), 0, -1) if len(gpus) % n == 0)
+    failed = make_all([cell for cell, _, _ in todo], jobs, gpus)
     print(report.table_one(args.preset, Path(args.results)))
     if Path(args.results).resolve() == HERE / 'results':
         report.write_pages(HERE / 'results')

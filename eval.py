@@ -75,13 +75,18 @@ class Settings:
 
 def probes(splits, module, args, seed, device, description, attentive=True, epochs=0, **protocol):
     """{probe: estimates (n, L)}; with or without the attentive one, of so many epochs at least."""
-    found = {}
+    found, scored = {}, scored_of(splits, args)
     if attentive:
         epochs = max(epochs, args.epochs)
         with Progress(epochs, f'probing {description}', 'epoch') as bar:
-            found['attentive'], _ = probe.attentive(splits, ratio_of(module, args), epochs, scored=args.split,
-                                                    seed=seed, device=device, tick=bar.update, **protocol)
-    return {**found, 'linear': probe.linear(splits, scored=args.split), 'knn': probe.knn(splits, scored=args.split)}
+            found['attentive'], _ = probe.attentive(splits, ratio_of(module, args), epochs, scored=scored, seed=seed,
+                                                    device=device, tick=bar.update, **protocol)
+    return {**found, 'linear': probe.linear(splits, scored=scored), 'knn': probe.knn(splits, scored=scored)}
+
+
+def scored_of(splits, args):
+    """The name of the split that is scored: generalize.py has its own."""
+    return 'scored' if 'scored' in splits else args.split
 
 
 def ratio_of(module, args):
@@ -95,7 +100,7 @@ def field_statistics(run, args):
         print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
         return None, {}
     what = 'field statistics'
-    ridge = lambda splits, *settings: {'linear': probe.linear(splits, scored=args.split)}
+    ridge = lambda splits, *settings: {'linear': probe.linear(splits, scored=scored_of(splits, args))}
     return row_of(run, args, with_products(embedded(run, args, what)), ridge, trained=False)
 
 

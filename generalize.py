@@ -10,8 +10,8 @@ How far does an embedding carry? The probes of eval.py with fewer labels, at uns
     inputs     probes fitted to clean fields, scored on noisy ones (white noise, its std in units of each channel's),
                and on fields at half resolution (2 x 2 points averaged, and interpolated back to the encoder's size)
 
-Probes choose their settings on valid, all of it but for held-out values. The attentive one is fitted to the trained
-encoder alone, and not for `values`.
+Probes choose their settings on valid, all of it but for held-out values, whatever split is scored. The attentive one is
+fitted to the trained encoder alone, and not for `values`.
 """
 import math
 
@@ -76,22 +76,22 @@ def measure(sets, fit, runs, order, scored, folder, trained):
     """({probe: estimates (n, L) of the scored split}, what eval.json says of `generalization`).
 
     sets: {a split, or one of INPUTS: (tokens, labels)}. fit: the function (splits, attentive: bool, epochs) -> {probe:
-    estimates of the scored split}. runs, order: as `labels` has them. trained: else the attentive probe is fitted to
+    estimates of splits['scored']}. runs, order: as `labels` has them. trained: else the attentive probe is fitted to
     clean fields with all labels alone.
     """
-    clean, y = {name: sets[name] for name in sets if name not in INPUTS}, sets[scored][1]
+    clean, y = {'train': sets['train'], 'valid': sets['valid'], 'scored': sets[scored]}, sets[scored][1]
     everything = joined([sets[name][0] for name in (scored, *INPUTS)], folder), y.repeat(1 + len(INPUTS), 1)
-    by_input = {p: e.split(len(y)) for p, e in fit({**clean, scored: everything}, True, 0).items()}
+    by_input = {p: e.split(len(y)) for p, e in fit({**clean, 'scored': everything}, True, 0).items()}
     estimates = {p: e[0] for p, e in by_input.items()}
     own = {p: e for p, e in by_input.items() if trained or p != 'attentive'}
     return estimates, {
-        'labels': labels(clean, fit, order, runs, scored, folder, trained)
+        'labels': labels(clean, fit, order, runs, folder, trained)
         | {'1': mean_errors({p: estimates[p] for p in own}, y)},
-        'values': values(clean, fit, estimates, scored, folder),
+        'values': values(clean, fit, estimates, folder),
         'inputs': {how: mean_errors({p: e[1 + i] for p, e in own.items()}, y) for i, how in enumerate(INPUTS)}}
 
 
-def labels(clean, fit, order, runs, scored, folder, trained):
+def labels(clean, fit, order, runs, folder, trained):
     """{fraction: {probe: error}} of probes fitted to a part of the training windows.
 
     order: numbers of runs, of which the first are taken with all their windows; runs: (n,) of the training windows. If
@@ -103,11 +103,11 @@ def labels(clean, fit, order, runs, scored, folder, trained):
         index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)) if runs is not None else np.sort(taken))
         part = {**clean, 'train': kept(clean['train'], index, folder)}
         epochs = math.ceil(STEPS / math.ceil(len(index) / probe.BATCH))
-        found[f'{fraction:g}'] = mean_errors(fit(part, trained, epochs), clean[scored][1])
+        found[f'{fraction:g}'] = mean_errors(fit(part, trained, epochs), clean['scored'][1])
     return found
 
 
-def values(clean, fit, estimates, scored, folder):
+def values(clean, fit, estimates, folder):
     """{'between' or 'outside': {probe: [error at values it has not seen, of one that has seen them all]}}.
 
     Means over the labels with enough values: a label's error is that of the windows whose own value was held out.
@@ -116,12 +116,12 @@ def values(clean, fit, estimates, scored, folder):
     for label, column in enumerate(clean['train'][1].T):
         for where, held in held_out(column.numpy()).items():
             out = {name: torch.as_tensor(np.isin(y[:, label].numpy(), held)) for name, (_, y) in clean.items()}
-            part = {name: kept(split, torch.nonzero(out[name] == (name == scored))[:, 0], folder)
+            part = {name: kept(split, torch.nonzero(out[name] == (name == 'scored'))[:, 0], folder)
                     for name, split in clean.items()}
-            unseen, truth = fit(part, False, 0), part[scored][1][:, label]
+            unseen, truth = fit(part, False, 0), part['scored'][1][:, label]
             for p, e in unseen.items():
                 errors = [(e[:, label] - truth).pow(2).mean().item(),
-                          (estimates[p][out[scored], label] - truth).pow(2).mean().item()]
+                          (estimates[p][out['scored'], label] - truth).pow(2).mean().item()]
                 found.setdefault(where, {}).setdefault(p, []).append(errors)
     return {where: {p: np.mean(errors, 0).tolist() for p, errors in by_probe.items()}
             for where, by_probe in found.items()}

@@ -213,8 +213,9 @@ def table_one(preset, folder, probes=PROBES):
     """Markdown: models by systems, with the numbers that the paper has (on valid of The Well)."""
     found = of_paper(preset, folder)
     published = {}                                                       # by title and system
-    for m in (models.find_model(name) for name in models.model_names()):
-        title = m.TITLE + ', fine-tuned' * getattr(m, 'PAPER_FINETUNED', False)
+    for name in models.model_names():
+        m = models.find_model(name)
+        title = models.title(name) + ', fine-tuned' * getattr(m, 'PAPER_FINETUNED', False)
         published |= {(title, system): f'{value:.3f}' for system, value in getattr(m, 'PAPER', {}).items()}
     rows = []
     for title in ordered(found):

@@ -1,129 +1,432 @@
-"""reproduce.py: the commands of a row, and what is run again."""
+"""benchmark.py: the commands of a cell, what is made again, what is said of it, jobs, and failures."""
+import dataclasses
+import fcntl
 import json
 import os
+import re
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import benchmark
 import config
-import reproduce
-import train
 import eval as evaluation
+import model as models
+import report
+from benchmark import Cell, Settings
 from common import parse
 from helpers import HERE
-from tables import with_tables
+from rows import EXPERIMENT, FEWER, GROUPS, PAPER_TABLES, ROWS, SCORED, everywhere
+from systems import system_names
+from test_report import result
+
+
+def cell_of(name, **settings):
+    return Cell(name, Settings(**settings))
+
+
+def result_of(cell, minutes=10, **changes):
+    """What eval.json of a cell would hold; `changes` of the settings that it was trained with."""
+    own, scored = cell.settings()
+    row = models.title(own['model']) + ', supervised' * own['supervised']
+    run = {'model': own['model'], 'preset': cell.preset, 'windows_seen': 9, 'train_seconds': 60 * minutes,
+           'settings': own | changes}
+    own = result(0.2, cell.seed, row, system=cell.system, probe=scored, run=run, seconds=120)
+    return own | ({'generalization': {}} if scored['generalize'] else {})
+
+
+def put(name, *args, **changes):
+    """A result, as if the cell had been made."""
+    cell = cell_of(name)
+    cell.result.parent.mkdir(exist_ok=True)
+    cell.result.write_text(json.dumps(result_of(cell, *args, **changes)))
+    return cell.result
+
+
+def put_run(name, step=None, cell=None, **changes):
+    """A checkpoint, as if the cell had been trained, up to `step` or to the end."""
+    cell = cell or cell_of(name)
+    c, _, options = config.parse(cell.train[1:], '')
+    cell.run.mkdir(parents=True, exist_ok=True)
+    torch.save({**dict.fromkeys(models.NEEDED), 'inputs': {'channels': []}, 'mean': [], 'std': [],
+                'config': dataclasses.asdict(c) | changes, 'options': dataclasses.asdict(options),
+                'step': c.steps if step is None else step, 'steps': c.steps}, cell.run / 'ckpt.pt')
+    return cell.run / 'ckpt.pt'
+
+
+class Ran(list):
+    """What was run, (cell, script, flags); each pretends to do its work, having called `before(cell, script)`."""
+
+    def __init__(self):
+        self.before, self.fails, self.busy, self.guard, self.where = lambda *_: None, set(), set(), threading.Lock(), []
+
+    def __call__(self, command, env, stdout, stderr, pass_fds):
+        at = next(i for i, word in enumerate(command) if str(word).endswith('.py'))
+        script, flags = Path(command[at]), command[at + 1:]
+        assert command[0] == sys.executable and script.parent == benchmark.HERE
+        start, script = ' '.join(command[1:at]), script.name
+        lock, = pass_fds                                                 # which the child has, and nobody else
+        name = next(p.stem for p in Path('rows').glob('*.lock') if os.path.samestat(os.fstat(lock), p.stat()))
+        with open(f'rows/{name}.lock') as mine, pytest.raises(BlockingIOError):
+            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert env['OMP_NUM_THREADS'] == os.environ.get('OMP_NUM_THREADS', '1')
+        ranks = re.fullmatch('-m torch.distributed.run --standalone --nproc_per_node=([0-9]+)|', start)[1]
+        gpus = env.get('CUDA_VISIBLE_DEVICES', '')
+        with self.guard:
+            assert not self.busy & set(gpus.split(',')) - {''}
+            self.busy |= set(gpus.split(','))
+            self.append((name, script, flags))
+            self.where.append((script, gpus, int(ranks or 1)))
+        self.before(name, script)
+        failed = (name, script) in self.fails
+        if not failed:
+            self.pretend(name, script, flags)
+        with self.guard:
+            self.busy -= set(gpus.split(','))
+        return subprocess.CompletedProcess(command, 2 * failed)
+
+    def pretend(self, name, script, flags):
+        cell = cell_of(name, data_dir=flags[flags.index('--data-dir') + 1])
+        if script == 'train.py' and not (cell.run / 'ckpt.pt').exists():
+            assert flags == cell.train[1:]
+            put_run(name, cell=cell)
+        if script == 'eval.py':
+            (cell.run / 'eval.json').write_text(json.dumps(result_of(cell) | {'by': len(self)}))
+
+    def scripts(self):
+        return [script for _, script, _ in self]
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """The commands that were run; they pretend to train and to evaluate."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
-    (tmp_path / 'results').mkdir()
-    commands = []
-
-    def pretend(command, env):
-        assert env['OMP_NUM_THREADS'] == os.environ.get('OMP_NUM_THREADS', '1')
-        script, *flags = command[1:]
-        commands.append([script.name, *flags])
-        if script.name == 'eval.py':
-            k = int(flags[0][-1])
-            (tmp_path / flags[0] / 'eval.json').write_text(json.dumps(dict(
-                split='test', seeds=dict(data=k, training=k, probe=k), by=len(commands))))
-        elif not (tmp_path / flags[-1] / 'ckpt.pt').exists():
-            (tmp_path / flags[-1] / 'ckpt.pt').touch()
-        return subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(reproduce.subprocess, 'run', pretend)
-    return commands
+    for name in 'THE_WELL_DATA_DIR', 'CUDA_VISIBLE_DEVICES':
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(benchmark.bench_steps, 'gflop_per_window', lambda c, options: c.batch / 64)
+    monkeypatch.setattr(benchmark.subprocess, 'run', ran := Ran())
+    return ran
 
 
-ROW, OUT = 'shear_flow-jepa-nano-supervised', 'rows/shear_flow-jepa-nano-supervised-seed'
+def fails(*argv):
+    """Exit code 2."""
+    with pytest.raises(SystemExit) as left:
+        benchmark.main([*argv])
+    assert left.value.code == 2
 
+
+ROW, TUNED = 'shear_flow-jepa-nano-supervised', 'active_matter-mpp-nano'
+WHOLE = ['simulate.py', 'train.py', 'eval.py']
+
+
+# ---------------------------------------------------------------------------------------------
+# a cell
 
 def test_a_row_is_made_seed_by_seed(ran):
-    """Trained and scored with data of its own, and copied; a finished one is only looked at by train.py."""
-    reproduce.main([ROW, '--seeds', '0,3'])
-    commands = [line for k in '03' for line in (
-        ['train.py', '--data', 'shear_flow', '--model', 'jepa', '--supervised', '--seed', k, '--data-dir',
-         f'data/seed{k}', '--out', OUT + k],
-        ['eval.py', OUT + k, '--split', 'test', '--data-dir', f'data/seed{k}'])]
-    assert ran == commands
-    assert all(json.loads(Path(f'results/{ROW}-seed{k}.json').read_text())['seeds']['data'] == k for k in (0, 3))
+    """Simulated, trained and scored with a seed of its own, and copied; what is there is not made again."""
+    benchmark.main([ROW, '--seeds', '2', '--jobs', '1'])
+    assert ran == [(f'{ROW}-seed{k}', script, flags) for k in '01' for script, flags in (
+        ('simulate.py', ['shear_flow', '--preset', 'nano', '--seed', k, '--data-dir', f'data/seed{k}']),
+        ('train.py', ['--data', 'shear_flow', '--model', 'jepa', '--supervised', '--seed', k, '--data-dir',
+                      f'data/seed{k}', '--out', f'rows/{ROW}-seed{k}']),
+        ('eval.py', [f'rows/{ROW}-seed{k}', '--split', 'test', '--data-dir', f'data/seed{k}']))]
+    for k in 0, 1:
+        made = json.loads(Path(f'results/{ROW}-seed{k}.json').read_text())
+        assert made['seeds']['data'] == k and made['cost'] == {'gflop_per_window': 0.5}              # of a micro-batch
     ran.clear()
-    reproduce.main([ROW, '--seeds', '0,3'])
-    assert ran == commands[::2]
+    benchmark.main([ROW, '--seeds', '2', '--jobs', '1'])
+    assert not ran
+    benchmark.main([ROW, f'{ROW}-seed1', f'{ROW}-seed7', '--seeds', '1', '--results', 'a/b', '--jobs', '1'])
+    assert sorted({name for name, _, _ in ran}) == [f'{ROW}-seed{k}' for k in (0, 1, 7)]
+    assert ran.scripts() == WHOLE[:2] * 2 + WHOLE and len(list(Path('a/b').iterdir())) == 3
 
 
-def test_what_is_stale_is_scored_again(ran):
-    """On valid, or before the checkpoint's last step."""
-    table, result = Path(OUT + '0/eval.json'), Path(f'results/{ROW}-seed0.json')
-    for spoil in (lambda: table.write_text(json.dumps(dict(split='valid'))), lambda: os.utime(table, (1, 1))):
-        reproduce.main([ROW, '--seeds', '0'])
+def test_what_is_scored_belongs_to_its_row(ran):
+    benchmark.main([TUNED, '--seeds', '1', '--jobs', '1'])
+    assert ran[-1][2] == [f'rows/{TUNED}-seed0', '--split', 'test', '--generalize', '--finetune', '5', '--data-dir',
+                          'data/seed0']
+    assert set(SCORED) <= set(ROWS)
+
+
+def test_what_was_not_scored_to_the_end_is_scored_again(ran):
+    """On valid, before the checkpoint's last step, or with other settings; a finished table is only copied."""
+    table, kept = Path(f'rows/{ROW}-seed0/eval.json'), Path(f'results/{ROW}-seed0.json')
+    for spoil, scored in ((lambda: table.write_text(json.dumps(dict(split='valid'))), ['eval.py']),
+                          (lambda: os.utime(table, (1, 1)), ['eval.py']),
+                          (lambda: table.write_text(table.read_text().replace('"epochs": 100', '"epochs": 9')),
+                           ['eval.py']), (lambda: None, [])):
+        benchmark.main([ROW, '--seeds', '1', '--jobs', '1'])
         spoil()
+        kept.unlink()
         ran.clear()
-        reproduce.main([ROW, '--seeds', '0'])
-        assert [command[0] for command in ran] == ['train.py', 'eval.py']
-        assert json.loads(result.read_text())['by'] == 2
+        benchmark.main([ROW, '--seeds', '1', '--jobs', '1'])
+        assert ran.scripts() == [*WHOLE[:2], *scored] and json.loads(kept.read_text())['probe']['epochs'] == 100
 
 
 def test_results_of_other_data_are_refused(ran, capsys):
     """Nor is anything copied if a command fails."""
-    reproduce.main([ROW, '--seeds', '0'])
-    before = Path(f'results/{ROW}-seed0.json').read_bytes()
-    Path(OUT + '0/eval.json').write_text(json.dumps(dict(split='test', seeds=dict(data=1, training=0, probe=0))))
-    with pytest.raises(SystemExit):
-        reproduce.main([ROW, '--seeds', '0'])
+    benchmark.main([ROW, '--seeds', '1', '--jobs', '1'])
+    table, kept = Path(f'rows/{ROW}-seed0/eval.json'), Path(f'results/{ROW}-seed0.json')
+    other = json.loads(table.read_text())
+    other['seeds']['data'] = 1
+    table.write_text(json.dumps(other))
+    kept.unlink()
+    fails(ROW, '--seeds', '1', '--jobs', '1')
     assert 'delete data/seed0' in capsys.readouterr().err.splitlines()[-1]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(reproduce.subprocess, 'run', lambda command, env: subprocess.CompletedProcess(command, 2))
-        reproduce.main([ROW, '--seeds', '0'])
-    assert 'failed' in capsys.readouterr().err.splitlines()[-1]
-    assert Path(f'results/{ROW}-seed0.json').read_bytes() == before
+    table.unlink()
+    for script in WHOLE:
+        ran.fails = {(f'{ROW}-seed0', script)}
+        fails(ROW, '--seeds', '1', '--jobs', '1')
+        assert f'{script} ' in (last := capsys.readouterr().err.splitlines()[-1]) and last.endswith(' failed')
+    assert not kept.exists()
 
 
-@pytest.mark.parametrize('name', ['active_matter-gan-nano', 'jepa-nano'])
+@pytest.mark.parametrize('name', ['active_matter-gan-nano', 'jepa-nano', f'{ROW}-seed', f'{ROW}-seedx', 'paper'])
 def test_unknown_rows_are_refused(ran, capsys, name):
     """Before anything is run."""
-    with pytest.raises(SystemExit):
-        reproduce.main([ROW, name])
-    assert f"'{name}'" in capsys.readouterr().err.splitlines()[-1] and not ran
+    fails(ROW, name)
+    assert 'no row ' in capsys.readouterr().err.splitlines()[-1] and not ran and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--preset', 'paper'], 'no active_matter under data'), (['shear_flow-disco-paper'], 'no shear_flow under data'),
+    (['--preset', 'macro'], 'macro'), (['--seeds', '0'], '--seeds'), (['--jobs', '-1'], '--jobs')])
+def test_what_cannot_be_made_is_refused(ran, capsys, flags, words):
+    """The paper's sizes are for The Well's files: nothing is simulated for them."""
+    fails(*flags)
+    assert words in capsys.readouterr().err.splitlines()[-1] and not ran and not list(Path().iterdir())
+
+
+def test_the_wells_files_are_found_where_train_py_finds_them(ran):
+    """Where they were downloaded to; they have no seed of ours, and nothing is simulated."""
+    file = Path('well/datasets/active_matter/data/train/a.hdf5')
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'look_into', lambda file: (None, (256, 256)))
+        benchmark.main(['active_matter-jepa-paper-seed2', '--data-dir', 'well', '--preset', 'paper', '--jobs', '1'])
+    assert ran.scripts() == WHOLE[1:] and all('well' in flags for _, _, flags in ran)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is stale
+
+def test_a_stale_cell_is_made_anew(ran, capsys):
+    """What differs is said; what its run had found is kept beside it, once."""
+    name = f'{ROW}-seed0'
+    kept, old = put(name, lr=0.5), Path(f'rows/{name}.old')
+    content = put_run(name, lr=0.5).read_bytes()
+    benchmark.main([ROW, '--seeds', '1', '--dry-run'])
+    said = capsys.readouterr().out
+    assert f'{name}    12 min   training (stale: lr 0.5, now 0.003)\n' in said and '0 of 1 cells are there' in said
+    assert not ran and not old.exists()
+    benchmark.main([ROW, '--seeds', '1', '--jobs', '1'])
+    assert ran.scripts() == WHOLE and (old / 'ckpt.pt').read_bytes() == content
+    assert json.loads(kept.read_text())['run']['settings']['lr'] == 0.003
+    ran.clear()
+    content = put_run(name, lr=0.6).read_bytes()
+    put(name, lr=0.6)
+    fails(ROW, '--seeds', '1', '--jobs', '1')
+    assert 'delete one' in capsys.readouterr().err.splitlines()[-1] and not ran
+    assert Path(f'rows/{name}/ckpt.pt').read_bytes() == content
+
+
+def test_a_run_of_other_settings_is_no_beginning(ran, capsys):
+    """It is as if it were not there: a cell with no result, too, is trained from the start."""
+    put_run(f'{ROW}-seed0', steps=7)
+    assert cell_of(f'{ROW}-seed0').state() == ('training', '') and cell_of(f'{ROW}-seed0').progress() == (0, 1)
+    benchmark.main([ROW, '--seeds', '1', '--jobs', '1'])
+    assert ran.scripts() == WHOLE and Path(f'rows/{ROW}-seed0.old/ckpt.pt').exists()
+    assert models.load_checkpoint(Path(f'rows/{ROW}-seed0/ckpt.pt'))['config']['steps'] == 2400
+    put(f'{ROW}-seed0', lr=0.5)                                          # killed before it could replace this
+    assert cell_of(f'{ROW}-seed0').state() == ('scoring', 'lr 0.5, now 0.003')
+
+
+def test_where_and_on_what_machine_a_cell_was_made_does_not_matter(ran):
+    cell = cell_of(f'{ROW}-seed0')
+    stale = lambda **changes: cell.why_stale(result_of(cell, **changes))
+    assert stale(out='elsewhere', data_dir='b', cache_dir='c', cache='int16', device='cuda', save_every=7) == ('', '')
+    assert stale(older=1) == ('', '')
+    assert stale(steps=7, seed=3)[1] == 'steps 7, now 2400, seed 3, now 0'
+    assert stale(micro_batch=8) == ('training', 'micro_batch 8, now 32')
+    younger = result_of(cell)
+    del younger['run']['settings']['label_fraction'], younger['probe']['fractions']
+    assert cell.why_stale(younger) == ('', '')
+    scored = result_of(cell)
+    scored['probe']['epochs'] = 7
+    assert cell.why_stale(scored) == ('scoring', 'epochs 7, now 100')
+    paper = cell_of('active_matter-jepa-paper-seed0')                    # whose micro-batch depends on the GPUs
+    assert paper.why_stale(result_of(paper, micro_batch=64)) == ('', '')
+
+
+def test_what_was_not_asked_of_an_old_cell(ran, capsys):
+    """How far it carries: a matter of scoring if its run is there, and of training if it is not."""
+    name = f'{TUNED}-seed0'
+    kept = put(name)
+    assert cell_of(name).state() == ('', '')
+    old = json.loads(kept.read_text())
+    del old['generalization'], old['probe']['generalize'], old['probe']['fractions']
+    kept.write_text(json.dumps(old))
+    assert cell_of(name).state() == ('training', 'without --generalize')
+    put_run(name, step=9)
+    assert cell_of(name).state() == ('training', 'without --generalize')
+    put_run(name)
+    (Path(f'rows/{name}') / 'eval.json').write_text(json.dumps(old))
+    benchmark.main([TUNED, '--seeds', '1', '--jobs', '1'])
+    assert 'scoring (stale: without --generalize)' in capsys.readouterr().out
+    assert ran.scripts() == WHOLE and 'generalization' in json.loads(kept.read_text())
+    assert not Path(f'rows/{name}.old').exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# the plan
+
+def test_a_dry_run_makes_nothing_and_counts(ran, capsys):
+    benchmark.main(['--dry-run'])
+    rows = {row for group in GROUPS['nano'].values() for row in group}
+    said = capsys.readouterr().out
+    assert not ran and not list(Path().iterdir())
+    assert f'0 of {3 * len(rows)} cells are there' in said and f'and {3 * len(rows)} cells of unknown time' in said
+    assert all(f'{row}-seed{k} ' in said for row in rows for k in range(3)) and said.count('? min') == 3 * len(rows)
+    put(f'{ROW}-seed1')
+    benchmark.main([ROW, '--dry-run'])
+    assert '1 of 3 cells are there' in capsys.readouterr().out
+    benchmark.main(['paper-tables', '--preset', 'smoke', '--seeds', '2', '--dry-run'])
+    assert '0 of 24 cells are there' in capsys.readouterr().out
+
+
+def test_times_are_those_of_earlier_cells(ran, capsys):
+    """Of the row in this system, or in another, or of the model; of a run that was broken off, the rest."""
+    put('active_matter-videomae-nano-seed0', 58)
+    put('active_matter-jepa-nano-ema-seed0', 28)
+    put_run('active_matter-videomae-nano-seed2', 200)                    # of 800
+    put_run('active_matter-videomae-nano-seed3')
+    names = ['active_matter-videomae-nano-seed1', 'active_matter-videomae-nano-seed2',
+             'active_matter-videomae-nano-seed3', 'shear_flow-videomae-nano-seed0', 'shear_flow-jepa-nano-vicreg-seed0',
+             'shear_flow-jepa-nano-supervised-seed0', 'shear_flow-mpp-nano-seed0']
+    for own, jobs in (60, '1'), (18, '2'):
+        benchmark.main([*names, '--dry-run', '--jobs', jobs])
+        said = capsys.readouterr().out
+        lines = dict(line.split(maxsplit=1) for line in said.splitlines()[:-1])
+        assert [lines[name] for name in names] == [
+            '60 min   training', f'{58 * 0.75 + 2:.0f} min   training (trained to step 200 of 800)',
+            '2 min   scoring (trained)', f'{own} min   training', '30 min   training', '? min   training',
+            '? min   training']
+        total = (60 + 45.5 + 2 + own + 30) / 60
+        assert f'0 of 7 cells are there; the others take {total:.1f} hours of one job, and 2 cells of unknown time, ' \
+               f'here with {jobs}: {total / int(jobs):.1f}.' in said
+        put('shear_flow-videomae-nano-seed5', 16)
 
 
 def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
-    """What README.md and NOTES.md show, and what train.py and eval.py are told, exists."""
+    """What the pages show, and what train.py and eval.py are told, exists."""
     names = set()
-    monkeypatch.setattr('tables.summary', lambda given, folder: names.update(given) or '')
-    for page in 'README.md', 'NOTES.md':
-        with_tables((HERE / page).read_text(), HERE / 'results')
-    assert names - {'parameters'} <= set(reproduce.ALL)
+    monkeypatch.setattr(report, 'summary', lambda given, folder: names.update(given) or '')
+    for kind in 'side_by_side', 'table_one', 'labels_table', 'carried_table', 'cost_table':
+        monkeypatch.setattr(report, kind, lambda *args: names.update(v for v in args if isinstance(v, str)) or '')
+    for page in report.PAGES:
+        report.with_tables((HERE / page).read_text(), HERE / 'results')
+    assert names - {'parameters', 'nano', *system_names()} <= set(everywhere(ROWS)) and len(names) > 4
+    listed = {row for groups in GROUPS.values() for rows in groups.values() for row in rows}
+    assert listed <= set(everywhere(ROWS)) and {f'active_matter-{row}' for row in PAPER_TABLES['paper']} <= listed
     monkeypatch.chdir(tmp_path)
-    for name in reproduce.ALL:
-        out, first, second = reproduce.commands(name, 1)
-        c, _, _ = train.parse(first[1:], '')
-        assert (c.preset, c.seed, c.out, c.data_dir) == ('nano', 1, str(out), 'data/seed1')
-        settings, folders = parse('', evaluation.Settings, second[1:], folders=dict(nargs='*'))
-        assert settings.split == 'test' and settings.data_dir == 'data/seed1' and folders == [str(out)]
+    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
+    for name in everywhere(ROWS):
+        cell = cell_of(f'{name}-seed1')
+        own, scored = cell.settings()
+        assert (own['preset'], own['seed'], own['out']) == (cell.preset, 1, f'rows/{name}-seed1')
+        assert own['data_dir'] == {'paper': 'data', 'smoke': 'data/seed1-smoke', 'nano': 'data/seed1'}[cell.preset]
+        settings, runs = parse('', evaluation.Settings, cell.evaluate[1:], runs=dict(nargs='*'))
+        assert settings.split == 'test' and settings.data_dir == own['data_dir'] and runs == [own['out']]
 
 
-def test_an_experiment_is_one_word(ran):
-    """Twelve rows of it, of two systems, which see 25,600 windows each; other rows may stand beside it."""
-    reproduce.main(['latents-or-pixels', 'rayleigh_benard-jepa-nano', '--seeds', '0'])
-    made = {path.stem for path in Path('results').iterdir()} - {'rayleigh_benard-jepa-nano-seed0'}
-    assert len(made) == 24 and all(f'{system}-{row}-seed0' in made for system in ('active_matter', 'shear_flow')
-                                   for row in ('jepa-nano-paired', 'pixels-nano', 'vjepa-nano-block', 'videomae-nano'))
-    for name in reproduce.EXPERIMENT:
-        c = config.parse(reproduce.commands(name, 0)[1][1:], '')[0]
-        assert c.batch * c.steps == 25600 and c.preset == 'nano', name
+def test_an_experiment_is_one_word(tmp_path, monkeypatch):
+    """Its encoders, and those of table 1, see 25,600 windows each, whatever they are; so do those with fewer labels."""
+    monkeypatch.chdir(tmp_path)
+    cells = benchmark.named(['latents-or-pixels', 'rayleigh_benard-jepa-nano'], Settings(seeds=2))
+    assert len(cells) == 2 * (2 * 12 + 1) and len({cell.name for cell in cells}) == len(cells)
+    assert [cell.seed for cell in cells] == [0] * 25 + [1] * 25
+    some = everywhere(['jepa-nano-paired', 'pixels-nano', 'vjepa-nano-block'], ('active_matter', 'shear_flow'))
+    assert {cell.name for cell in cells} >= {f'{row}-seed1' for row in some}
+    for name in EXPERIMENT + everywhere(PAPER_TABLES['nano']) + everywhere(FEWER):
+        own, _ = cell_of(f'{name}-seed0').settings()
+        assert own['batch'] * own['steps'] == 25600 and own['preset'] == 'nano', name
+    assert cell_of('active_matter-jepa-nano-short-supervised-5-seed0').settings()[0]['label_fraction'] == 0.05
 
 
 @pytest.mark.parametrize('file', sorted((HERE / 'results').glob('*-seed*.json')), ids=lambda file: file.stem)
-def test_a_result_is_of_what_its_row_says(file):
-    """What train.py is told now is what it was told then; a setting may be younger than the result."""
-    name, _, seed = file.stem.rpartition('-seed')
-    c, _, options = config.parse(reproduce.commands(name, int(seed))[1][1:], '')
-    there = json.loads(file.read_text())['run']['settings']
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in (vars(c) | vars(options)).items()}
-    own = {'out', 'data_dir', 'cache_dir', 'device', 'save_every'}
-    assert {k: v for k, v in now.items() if k in there.keys() - own} == {
-        k: v for k, v in there.items() if k in now.keys() - own}
+def test_a_result_is_of_what_its_row_says(file, ran):
+    """What the scripts are told now is what they were told then, but for what was not asked of them yet."""
+    assert cell_of(file.stem).why_stale(json.loads(file.read_text())) in (('', ''), ('scoring', 'without --generalize'))
+
+
+# ---------------------------------------------------------------------------------------------
+# jobs
+
+def test_two_jobs_make_all_cells(ran, capsys, monkeypatch):
+    """At once, each with a log of its own. One that fails is named in the end, and does not stop the others."""
+    together, first = threading.Barrier(2, timeout=60), set()
+
+    def before(name, script):
+        if script == 'simulate.py' and len(first) < 2:
+            first.add(name)
+            together.wait()
+    ran.before, ran.fails = before, {(f'{ROW}-seed1', 'train.py')}
+    monkeypatch.setattr(report, 'write_pages', lambda folder: pytest.fail('the pages are of other results'))
+    fails(ROW, '--seeds', '4', '--jobs', '2')
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert last.startswith('error: ') and f'{ROW}-seed1: ' in last and f'rows/{ROW}-seed1.log says why' in last
+    assert not any(f'{ROW}-seed{k}' in last for k in (0, 2, 3))
+    assert {path.name for path in Path('results').iterdir()} == {f'{ROW}-seed{k}.json' for k in (0, 2, 3)}
+    assert {name for name, script, _ in ran if script == 'eval.py'} == {f'{ROW}-seed{k}' for k in (0, 2, 3)}
+    for k in range(4):
+        log = Path(f'rows/{ROW}-seed{k}.log').read_text()
+        assert log.count('$ python ') == (2 if k == 1 else 3) and f'data/seed{k}' in log and 'data/seed4' not in log
+    assert '4 of 4, about 0.0 hours to go' in said.out and 'attentive 0.200, linear 0.200, knn 0.200' in said.out
+    assert '| active_matter: ' not in said.out and '| predict the mean |' in said.out
+    written = []
+    monkeypatch.setattr(report, 'write_pages', written.append)
+    monkeypatch.setattr(benchmark, 'HERE', Path.cwd())
+    ran.fails = set()
+    benchmark.main([ROW, '--seeds', '4', '--jobs', '2'])
+    assert written == [Path.cwd() / 'results'] and len(list(Path('results').iterdir())) == 4
+
+
+def test_ctrl_c_starts_no_other_cell(ran):
+    def interrupt(name, script):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)             # as its scripts have
+        time.sleep(0.5)
+    ran.before, ran.fails = interrupt, {(f'{ROW}-seed{k}', 'simulate.py') for k in range(3)}
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([ROW, '--seeds', '3', '--jobs', '1'])
+    assert [name for name, _, _ in ran] == [f'{ROW}-seed0']
+
+
+@pytest.mark.parametrize('flags, cells, shares', [
+    ([], 4, {'0', '1', '2', '3'}), (['--jobs', '2'], 4, {'0,2', '1,3'}), ([], 1, {'0,1,2,3'}),
+    ([], 3, {'0,2', '1,3'})])                                            # three shares would not be of one size
+def test_each_job_has_its_share_of_the_gpus(ran, monkeypatch, flags, cells, shares):
+    """A rank for each of them; those that are left, if cells are few."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    ran.before = lambda *_: time.sleep(0.02)
+    benchmark.main([ROW, '--seeds', str(cells), *flags])
+    ranks = 4 // len(shares)
+    assert {gpus for _, gpus, _ in ran.where} == shares and len(list(Path('results').iterdir())) == cells
+    assert {(script, n) for script, _, n in ran.where} == {('simulate.py', 1), ('train.py', ranks), ('eval.py', ranks)}
+
+
+def test_gpus_are_those_that_one_may_use(ran, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '5,7')
+    benchmark.main([ROW, '--seeds', '2'])
+    assert {gpus for _, gpus, _ in ran.where} == {'5', '7'}
+    fails(ROW, '--jobs', '3')
+    assert '3 jobs cannot share 2 GPUs evenly' in capsys.readouterr().err

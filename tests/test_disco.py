@@ -142,6 +142,28 @@ def test_integrator_differentiates_its_own_steps():
                                     (y, w.requires_grad_()))
 
 
+@pytest.mark.parametrize('max_steps, again', [(4, False), (5, True), (32, True)])
+def test_integration_that_is_computed_again_is_the_same(monkeypatch, max_steps, again):
+    """Values and gradients, bit for bit; where steps are few they are all kept."""
+    y, W = inputs(torch.float32, y0=(2, 8), W=(8, 8))
+    calls, found = [], []
+
+    def f(t, y):
+        calls.append(t)
+        return 3.0 * (y.tanh() @ W.T + math.cos(5 * t))
+
+    for patched in False, True:
+        if patched:
+            monkeypatch.setattr(disco, 'checkpoint', lambda step, *start, **settings: step(*start))
+        calls.clear()
+        out = bosh3(f, y, max_steps)
+        forward = len(calls)
+        found.append([out, *torch.autograd.grad(out.pow(2).sum(), (y, W))])
+        steps, rest = divmod(forward - 2, 3)
+        assert rest == 0 and steps >= max_steps // 2 and len(calls) == forward + 3 * steps * (again and not patched)
+    assert all(torch.equal(a, b) and b.abs().max() > 0 for a, b in zip(*found))
+
+
 def test_not_a_number_ends_the_integration():
     context, target = windows()
     context[0, 0, 0, 0, 0] = math.nan

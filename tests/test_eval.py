@@ -260,13 +260,14 @@ def evaluated(folder, script, *flags):
 
 
 def test_processes_share_windows_and_no_disk(trained, tmp_path):
-    """Each embeds its part; the run, with noise, and its tokens, in a file, are with the first."""
+    """Each embeds its part, of clean and of spoilt fields; the run, with noise, and its tokens, in a file, are with
+    the first."""
     (tmp_path / 'ranks.py').write_text(f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 os.chdir('../disk' + os.environ.get('RANK', '0'))
-import data, eval, probe
-probe.IN_MEMORY, seen, load = 1, [], data.Split.load
+import data, eval, generalize, probe
+probe.IN_MEMORY, generalize.STEPS, seen, load = 1, 1, [], data.Split.load
 data.Split.load = lambda self, windows, **how: seen.append(len(windows)) or load(self, windows, **how)
 eval.main()
 print(sum(seen), file=open('seen', 'w'))
@@ -276,10 +277,11 @@ print(sum(seen), file=open('seen', 'w'))
     (tmp_path / 'disk1').mkdir()
     torch.save({**state, 'config': {**state['config'], 'noise': 0.5}}, tmp_path / 'disk0/out/a/ckpt.pt')
     seen = lambda disk: int((tmp_path / disk / 'seen').read_text())
-    one = evaluated(tmp_path / 'disk0', ['../ranks.py'], '--batch', 5)
+    one = evaluated(tmp_path / 'disk0', ['../ranks.py'], '--batch', 5, '--generalize')
     alone = seen('disk0')
-    two = evaluated(tmp_path / 'disk0', [*TORCHRUN, '../ranks.py'], '--batch', 5)
-    assert one == two and [p.name for p in (tmp_path / 'disk1').iterdir()] == ['seen']
+    two = evaluated(tmp_path / 'disk0', [*TORCHRUN, '../ranks.py'], '--batch', 5, '--generalize')
+    assert one == two and len(one[0]['generalization']['JEPA']['inputs']) == 4
+    assert [p.name for p in (tmp_path / 'disk1').iterdir()] == ['seen']
     assert seen('disk0') + seen('disk1') == alone and abs(seen('disk0') - seen('disk1')) < 0.2 * alone
 
 

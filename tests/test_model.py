@@ -8,6 +8,7 @@ import torch
 
 import data
 import eval as evaluation
+from common import mean_and_std
 from helpers import ACTIVE, MODELS, TINY, losses, refused, run
 from model import Inputs, Model, load_checkpoint, load_run, tile_starts
 from train import learning_rate
@@ -70,6 +71,23 @@ def test_probes_see_the_noise_of_training():
     noisy = evaluation.Run.encode(run_with(2.0), model)(x)
     assert (noisy.std((0, 1)) - 2).abs().max() < 0.05
     assert not evaluation.Run.encode(run_with(0.0), model)(x).any()
+
+
+@pytest.mark.parametrize('dims', [(1, 3), (2,), (0, 1, 2, 3)])
+def test_mean_and_spread_are_torchs(dims):
+    """In their gradients, too; and where there is no spread, that is zero."""
+    x = 5 + 3 * torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    std, mean = torch.std_mean(x, dims, keepdim=True)
+    ours = mean_and_std(x, dims)
+    assert torch.allclose(ours[0], mean, rtol=1e-14) and torch.allclose(ours[1], std, rtol=1e-14)
+    g, = torch.autograd.grad((std**3 + 2 * mean).sum(), x)
+    own, = torch.autograd.grad((ours[1]**3 + 2 * ours[0]).sum(), x)
+    assert torch.allclose(own, g, rtol=1e-12)
+    flat = torch.full((3, 4, 5, 6), 0.1, dtype=torch.float64, requires_grad=True)
+    mean, std = mean_and_std(flat, dims)
+    g, = torch.autograd.grad((mean + std).sum(), flat)
+    assert std.max() < 1e-15 and g.isfinite().all() and torch.allclose(g, torch.full_like(g, mean.numel() / g.numel()))
 
 
 @pytest.mark.parametrize('shape, tokens', [((2, 5), (2, 1, 5)), ((2, 7, 5), (2, 7, 5)), ((2, 5, 3, 4), (2, 12, 5)),

@@ -6,6 +6,7 @@ import pytest
 
 import report
 import tables
+from model import find_model
 
 
 def test_the_interval_is_over_runs():
@@ -156,6 +157,193 @@ def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
         report.summary(['a-nano'], tmp_path)
 
 
+# ---------------------------------------------------------------------------------------------
+# the paper's tables
+
+def carried(error, *probes):
+    """What --generalize finds: worse with fewer labels, by 0.1, and still worse at unseen values and on noise."""
+    worse = lambda more: {p: error + more for p in probes}
+    return {'labels': {'0.1': worse(0.1), '1': worse(0)},
+            'values': {'between': {p: [error + 0.2, error / 2] for p in probes if p != 'attentive'}},
+            'inputs': {'noise 1': worse(0.4), 'half resolution': worse(0.3)}}
+
+
+def put(folder, name, error, seed, row='JEPA', floor=0.9, **changes):
+    """A result beside others of its seed, whose random weights and field statistics are like theirs."""
+    system, by_row = name.partition('-')[0], {row: carried(error, *tables.PROBES),
+                                              'random init': carried(floor, 'linear', 'knn'),
+                                              'field statistics': carried(0.01, 'linear')}
+    r = result(error, seed, row, system=system, generalization=by_row, **changes)
+    r['run'] |= {'train_seconds': 60 * (seed + 1), 'memory_gb': 0.5 + seed}
+    for key, own in ('rows', result(floor, seed)), ('by_run', result(floor, seed)):
+        r[key]['random init'] = own[key]['JEPA']
+    (folder / f'{name}-seed{seed}.json').write_text(json.dumps(r))
+    return r
+
+
+def tuned(folder, name, error, floor, *seeds, how='fine-tuned'):
+    """Add fine-tuned rows to results: the trained encoder's, and, if `floor` is not None, its random weights'."""
+    for seed in seeds:
+        file = folder / f'{name}-seed{seed}.json'
+        r = json.loads(file.read_text())
+        for row, e in (r['row'], error), ('random init', floor):
+            if e is not None:
+                own = result(e + 0.01 * seed, seed)
+                r['rows'][f'{row}, {how}'] = {'attentive': own['rows']['JEPA']['attentive']}
+                r['by_run'][f'{row}, {how}'] = {'attentive': own['by_run']['JEPA']['attentive']}
+        file.write_text(json.dumps(r))
+
+
+def cells_of(table):
+    """{first cell: the others} of a Markdown table's rows, and its head."""
+    head, line, *rows = ([cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines())
+    assert set(line) == {'---'} and all(len(row) == len(head) for row in rows)
+    assert len({row[0] + row[1] for row in rows}) == len(rows)
+    return head, rows
+
+
+def test_table_one_stands_beside_the_papers(tmp_path):
+    """Models by systems; what is fine-tuned is compared with random weights that were fine-tuned; what is missing is
+    a dash."""
+    for seed in 0, 1:
+        for system in 'active_matter', 'shear_flow':
+            put(tmp_path, f'{system}-jepa-nano-vicreg', 0.2 + 0.02 * seed, seed)
+        put(tmp_path, 'active_matter-jepa-nano-short-supervised', 0.1, seed, 'JEPA, supervised')
+        put(tmp_path, 'active_matter-mpp-nano', 0.4, seed, 'MPP', probe={**PROBE, 'finetune': '5'})
+        put(tmp_path, 'active_matter-jepa-nano', 0.05, seed)             # of another table
+    tuned(tmp_path, 'active_matter-mpp-nano', 0.3, 0.305, 0, 1)
+    head, rows = cells_of(report.table_one('nano', tmp_path))
+    assert head == ['', *(f'{system}: {c}' for system in ('active_matter', 'shear_flow')
+                          for c in ('the paper', *tables.PROBES))]
+    assert [row[0] for row in rows] == ['JEPA', 'MPP', 'MPP, fine-tuned', 'JEPA, supervised', 'JEPA: random init',
+                                        'MPP: random init', 'MPP: random init, fine-tuned', 'field statistics',
+                                        'predict the mean']
+    by = {row[0]: row[1:] for row in rows}
+    jepa, mpp = find_model('jepa').PAPER, find_model('mpp').PAPER
+    assert by['JEPA'] == [f'{jepa["active_matter"]:.3f}', *['0.210 ± 0.014'] * 3,
+                          f'{jepa["shear_flow"]:.3f}', *['0.210 ± 0.014'] * 3]
+    assert by['MPP'] == ['-', *['0.400 ± 0.000'] * 3, '-', '-', '-', '-']          # the paper's is fine-tuned
+    assert by['MPP, fine-tuned'] == [f'{mpp["active_matter"]:.3f}', '0.305 ± 0.007 ~', '-', '-',
+                                     f'{mpp["shear_flow"]:.3f}', '-', '-', '-']
+    assert by['JEPA, supervised'][:2] == ['-', '0.100 ± 0.000'] and by['predict the mean'] == ['-', '1', '1', '1'] * 2
+    assert by['field statistics'][:4] == ['-', '-', '0.015 ± 0.007', '-']
+    assert by['MPP: random init, fine-tuned'][1] == '0.310 ± 0.007' and by['JEPA: random init'][1] == '0.900 ± 0.000'
+    for seed in 0, 1:
+        put(tmp_path, 'active_matter-mpp-nano', 0.4, seed, 'MPP', probe={**PROBE, 'finetune': '5'})
+    tuned(tmp_path, 'active_matter-mpp-nano', 0.3, None, 0, 1)           # then they are compared with frozen ones
+    assert '| MPP, fine-tuned | {:.3f} | 0.305 ± 0.007 | - |'.format(mpp['active_matter']) in \
+        report.table_one('nano', tmp_path)
+
+
+def test_the_papers_own_way_of_fine_tuning_has_its_number(tmp_path, monkeypatch):
+    """Also where a model of somebody's own has no title."""
+    put(tmp_path, 'active_matter-mpp-paper', 0.4, 0, 'MPP')
+    tuned(tmp_path, 'active_matter-mpp-paper', 0.3, 0.9, 0, how='fine-tuned as in the paper')
+    put(tmp_path, 'active_matter-mpp-nano', 0.7, 0, 'MPP')
+    monkeypatch.delattr(find_model('pixels'), 'TITLE')
+    by = {row[0]: row[1:] for row in cells_of(report.table_one('paper', tmp_path))[1]}
+    published = find_model('mpp').PAPER['active_matter']
+    assert by['MPP, fine-tuned as in the paper'] == [f'{published:.3f}', '0.300', '-', '-']
+    assert by['MPP'][:2] == ['-', '0.400'] and 'JEPA' not in by
+
+
+def test_curves_of_labels(tmp_path):
+    """The encoder with labels has seen them all: its curve is made of encoders trained with fewer, and of itself."""
+    for seed in 0, 1:
+        put(tmp_path, 'shear_flow-jepa-nano-vicreg', 0.2 + 0.02 * seed, seed)
+        put(tmp_path, 'shear_flow-jepa-nano-short-supervised', 0.1, seed, 'JEPA, supervised')
+        put(tmp_path, 'shear_flow-jepa-nano-short-supervised-10', 0.6 + 0.1 * seed, seed, 'JEPA, supervised')
+    put(tmp_path, 'shear_flow-jepa-nano-short-supervised-1', 0.95, 0, 'JEPA, supervised')
+    put(tmp_path, 'active_matter-jepa-nano-short-supervised-2', 0.5, 0, 'JEPA, supervised')
+    curves = report.label_curves('shear_flow', tmp_path)
+    assert {title for title, _ in curves} == {'JEPA', 'JEPA: random init', 'field statistics',
+                                              'JEPA, supervised, from scratch'}
+    assert curves['JEPA', 'attentive'] == {0.1: pytest.approx([0.3, 0.32]), 1.0: [0.2, 0.22]}
+    assert curves['JEPA: random init', 'linear'][0.1] == [1.0, 1.0]
+    assert ('JEPA: random init', 'attentive') not in curves and ('field statistics', 'knn') not in curves
+    for p in tables.PROBES:
+        assert curves['JEPA, supervised, from scratch', p] == {1.0: [0.1, 0.1], 0.01: [0.95], 0.1: [0.6, 0.7]}
+    head, rows = cells_of(report.labels_table('shear_flow', tmp_path))
+    assert head == ['shear_flow', 'probe', '1%', '10%', '100%']
+    assert ['JEPA', 'attentive', '-', '0.310 ± 0.014', '0.210 ± 0.014'] in rows
+    assert ['JEPA, supervised, from scratch', 'linear', '0.950', '0.650 ± 0.071', '0.100 ± 0.000'] in rows
+    assert not any(row[1] == 'knn' for row in rows) and len(rows) == 6
+
+
+def test_how_far_an_encoder_carries(tmp_path):
+    """At unseen values beside what saw them; the attentive probe was not fitted there. Nothing of what did not try."""
+    for seed in 0, 1:
+        put(tmp_path, 'shear_flow-jepa-nano-vicreg', 0.2 + 0.02 * seed, seed)
+        file = tmp_path / f'shear_flow-videomae-nano-seed{seed}.json'
+        put(tmp_path, 'shear_flow-videomae-nano', 0.3, seed, 'VideoMAE')
+        r = json.loads(file.read_text())
+        del r['generalization']
+        file.write_text(json.dumps(r))
+    head, rows = cells_of(report.carried_table('shear_flow', tmp_path))
+    assert head == ['shear_flow', 'probe', 'between', 'all values, clean', 'noise 1', 'half resolution']
+    assert rows == [['JEPA', 'attentive', '-', '0.210 ± 0.014', '0.610 ± 0.014', '0.510 ± 0.014'],
+                    ['JEPA', 'linear', '0.410 ± 0.014 (0.105)', *rows[0][3:]],
+                    ['JEPA: random init', 'linear', '1.100 ± 0.000 (0.450)', *(f'{e} ± 0.000' for e in (
+                        '0.900', '1.300', '1.200'))],
+                    ['field statistics', 'linear', '0.210 ± 0.000 (0.005)', *(f'{e} ± 0.000' for e in (
+                        '0.010', '0.410', '0.310'))]]
+
+
+def test_what_the_models_cost(tmp_path):
+    """From the least to the most over the systems, each a mean over its seeds; only of those of which it is known."""
+    for system, scale in ('active_matter', 1), ('shear_flow', 3):
+        for seed in 0, 1:
+            cost = {} if system == 'shear_flow' and seed else {'gflop_per_window': 0.5 * scale}
+            put(tmp_path, f'{system}-jepa-nano-vicreg', 0.2, seed, run=run(25600, seed=seed), cost=cost,
+                parameters={'encoder': 1000 * scale, 'attentive probe': 7})
+    put(tmp_path, 'active_matter-videomae-nano', 0.3, 0, 'VideoMAE')
+    head, rows = cells_of(report.cost_table(tmp_path))
+    assert head == ['', 'parameters of the encoder', 'windows seen', 'GFLOP a window', 'TFLOP in all', 'minutes',
+                    'peak GB']
+    assert rows == [['JEPA', '1,000 to 3,000', '25,600', '0.500 to 1.500', '12.8 to 38.4', '1 to 2', '0.5 to 1.0']]
+
+
+def test_the_words_of_a_marker_choose_its_table(tmp_path, monkeypatch):
+    kinds = dict(side_by_side='latents-or-pixels', cost_table='cost', labels_table='labels s',
+                 carried_table='carried s')
+    for name in kinds:
+        monkeypatch.setattr(report, name, lambda *args, name=name: (name, *args))
+    monkeypatch.setattr(report, 'table_one', lambda *args: ('table_one', *args))
+    monkeypatch.setattr(report, 'summary', lambda *args: ('summary', *args))
+    for name, words in kinds.items():
+        assert report.made(words.split(), tmp_path) == (name, *words.split()[1:], tmp_path)
+    assert report.made(['table-1'], tmp_path) == ('table_one', 'nano', tmp_path)
+    for names in ['parameters', 'a-nano'], ['labels'], ['cost', 'a-nano'], ['labels', 'a', 'b']:
+        assert report.made(names, tmp_path) == ('summary', names, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# the pages
+
 def test_the_pages_say_what_results_says(capsys):
     report.main(['--check'])
-    assert capsys.readouterr().out.count('every table is what results/ gives') == 2
+    assert capsys.readouterr().out == 'every table is what results/ gives\n'
+
+
+def test_pages_are_written_where_they_are_wrong(tmp_path, monkeypatch, capsys):
+    """--check finds the page and writes nothing; without it, the table is made anew, and all around it stays."""
+    monkeypatch.setattr(report, 'HERE', tmp_path)
+    (tmp_path / 'results').mkdir()
+    write(tmp_path / 'results', 'a-nano-seed0', 0.2, 0)
+    for page in report.PAGES:
+        (tmp_path / page).write_text(f'of {page}\n<!-- results: a-nano -->\n<!-- /results -->\nend\n')
+    report.main([])
+    assert capsys.readouterr().out.count(': written') == len(report.PAGES) == 3
+    report.main(['--check'])
+    wrong = tmp_path / 'NOTES.md'
+    right = wrong.read_text()
+    assert right.startswith('of NOTES.md\n') and right.endswith('\n<!-- /results -->\nend\n') and '| 0.200 [' in right
+    wrong.write_text(right.replace('0.200', '0.100'))
+    with pytest.raises(SystemExit) as left:
+        report.main(['--check'])
+    assert left.value.code == 2 and 'NOTES.md has other numbers' in capsys.readouterr().err
+    assert wrong.read_text() != right
+    report.main([])
+    assert wrong.read_text() == right
+    said = capsys.readouterr().out
+    assert 'NOTES.md: written' in said and said.count('every table is what results/ gives') == 2
