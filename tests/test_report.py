@@ -312,7 +312,8 @@ def test_the_words_of_a_marker_choose_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'summary', lambda *args: ('summary', *args))
     for name, words in kinds.items():
         assert report.made(words.split(), tmp_path) == (name, *words.split()[1:], tmp_path)
-    assert report.made(['table-1'], tmp_path) == ('table_one', 'nano', tmp_path)
+    assert report.made(['table-1'], tmp_path) == ('table_one', 'nano', tmp_path, report.PROBES)
+    assert report.made(['table-1', 'knn'], tmp_path) == ('table_one', 'nano', tmp_path, ['knn'])
     for names in ['parameters', 'a-nano'], ['labels'], ['cost', 'a-nano'], ['labels', 'a', 'b']:
         assert report.made(names, tmp_path) == ('summary', names, tmp_path)
 
