@@ -11,7 +11,7 @@ ROWS = {                                                                 # after
     # a third of nano's windows, 25,600
     'jepa-nano-vicreg': '--model jepa --steps 800',
     'videomae-nano': '--model videomae --steps 800',
-    'mpp-nano': '--model mpp --steps 1600',
+    'mpp-nano': '--model mpp --steps 1600 --lr 1e-2',
     'disco-nano': '--model disco --steps 1600',
     'jepa-nano-short-supervised': '--model jepa --steps 800 --supervised',
     # of these, what is predicted, and how a constant is prevented
