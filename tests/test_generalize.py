@@ -228,7 +228,7 @@ def evaluated(out, *flags):
 
 
 @pytest.mark.parametrize('split', ['valid', 'test'])
-def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypatch, split):
+def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypatch, capsys, split):
     """Which stay what they were; and report.py finds what it needs."""
     monkeypatch.setattr(generalize, 'STEPS', 1)
     (tmp_path / 'ckpt.pt').write_bytes((trained / 'ckpt.pt').read_bytes())
@@ -249,6 +249,12 @@ def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypa
         assert carried[row]['labels']['0.01'] == carried[row]['labels']['0.1']                         # one of six runs
         assert carried[row]['labels']['0.01'] != carried[row]['labels']['0.5'] != carried[row]['labels']['1']
         assert carried[row]['inputs']['noise 1'] != carried[row]['inputs']['noise 0.1']
+    said = capsys.readouterr().out.partition('by the share of training runs')[2]
+    lines = {line.partition('  ')[0]: line.split() for line in said.splitlines()}
+    for row, p in ((row, p) for row, own in probes.items() for p in own):
+        by = carried[row]
+        shown = [f'{errors[p]:.3f}' for part in ('labels', 'inputs') for errors in by[part].values()]
+        assert lines[f'{row}, {p}'][-11:] == shown
     if split == 'test':
         (tmp_path / 'active_matter-jepa-nano-vicreg-seed0.json').write_text(json.dumps(found))
         assert '| JEPA | attentive | {:.3f} | '.format(carried['JEPA']['labels']['0.01']['attentive']) in \

@@ -228,6 +228,9 @@ def test_table_one_stands_beside_the_papers(tmp_path):
     assert by['JEPA, supervised'][:2] == ['-', '0.100 ± 0.000'] and by['predict the mean'] == ['-', '1', '1', '1'] * 2
     assert by['field statistics'][:4] == ['-', '-', '0.015 ± 0.007', '-']
     assert by['MPP: random init, fine-tuned'][1] == '0.310 ± 0.007' and by['JEPA: random init'][1] == '0.900 ± 0.000'
+    alone = cells_of(report.table_one('nano', tmp_path, ['linear']))
+    assert alone[0] == [name for name in head if 'attentive' not in name and 'knn' not in name]
+    assert [row[1:] for row in alone[1]] == [[row[i] for i in (1, 3, 5, 7)] for row in rows]
     for seed in 0, 1:
         put(tmp_path, 'active_matter-mpp-nano', 0.4, seed, 'MPP', probe={**PROBE, 'finetune': '5'})
     tuned(tmp_path, 'active_matter-mpp-nano', 0.3, None, 0, 1)           # then they are compared with frozen ones
@@ -271,9 +274,11 @@ def test_curves_of_labels(tmp_path):
 
 
 def test_how_far_an_encoder_carries(tmp_path):
-    """At unseen values beside what saw them; the attentive probe was not fitted there. Nothing of what did not try."""
+    """At unseen values beside what saw them; the attentive probe was not fitted there, and an encoder with labels has
+    seen them. Nothing of what did not try."""
     for seed in 0, 1:
         put(tmp_path, 'shear_flow-jepa-nano-vicreg', 0.2 + 0.02 * seed, seed)
+        put(tmp_path, 'shear_flow-jepa-nano-short-supervised', 150 * (1 + seed), seed, 'JEPA, supervised')
         file = tmp_path / f'shear_flow-videomae-nano-seed{seed}.json'
         put(tmp_path, 'shear_flow-videomae-nano', 0.3, seed, 'VideoMAE')
         r = json.loads(file.read_text())
@@ -283,10 +288,23 @@ def test_how_far_an_encoder_carries(tmp_path):
     assert head == ['shear_flow', 'probe', 'between', 'all values, clean', 'noise 1', 'half resolution']
     assert rows == [['JEPA', 'attentive', '-', '0.210 ± 0.014', '0.610 ± 0.014', '0.510 ± 0.014'],
                     ['JEPA', 'linear', '0.410 ± 0.014 (0.105)', *rows[0][3:]],
+                    *(['JEPA, supervised', p, '-', *['225 ± 106'] * 3] for p in ('attentive', 'linear')),
                     ['JEPA: random init', 'linear', '1.100 ± 0.000 (0.450)', *(f'{e} ± 0.000' for e in (
                         '0.900', '1.300', '1.200'))],
                     ['field statistics', 'linear', '0.210 ± 0.000 (0.005)', *(f'{e} ± 0.000' for e in (
                         '0.010', '0.410', '0.310'))]]
+
+
+def test_random_weights_carry_as_whoever_tried_says(tmp_path):
+    """Two models may begin alike, of which the first was not asked."""
+    put(tmp_path, 'shear_flow-jepa-nano-vicreg', 0.2, 0)
+    put(tmp_path, 'shear_flow-jepa-nano-short-supervised', 0.1, 0, 'JEPA, supervised')
+    file = tmp_path / 'shear_flow-jepa-nano-vicreg-seed0.json'
+    r = json.loads(file.read_text())
+    del r['generalization']
+    file.write_text(json.dumps(r))
+    titles = [row[0] for row in cells_of(report.carried_table('shear_flow', tmp_path))[1]]
+    assert titles == ['JEPA, supervised', 'JEPA, supervised', 'JEPA: random init', 'field statistics']
 
 
 def test_what_the_models_cost(tmp_path):
