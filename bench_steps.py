@@ -181,19 +181,20 @@ def settings(name, device, *flags):
     return c, options
 
 
-def side_of(c):
-    """Of the square fields that a model is trained on."""
-    return c.crop or c.resolution or find_system(c.data).preset('nano').grid[0]
+def size_of(c):
+    """(H, W) of the fields that a model is trained on."""
+    side = c.crop or c.resolution
+    return (side, side) if side else find_system(c.data).preset('nano').grid
 
 
 def trainer(c, options):
     """(network, function that trains it by a step on the next of `batches`); the learning rate is 0: weights stay.
 
-    batches: iterator of (fields (B, C, 32, side, side), labels (B, LABELS), of use if they supervise).
+    batches: iterator of (fields (B, C, 32, H, W), labels (B, LABELS), of use if they supervise).
     """
-    names, side = WELL[c.data][2].split(), side_of(c)
+    names = WELL[c.data][2].split()
     periodic = (False, False) if c.crop else find_system(c.data).part(c.whole)[1]
-    inputs = Inputs(c.data, names, periodic, (side, side), c.views == 'paired')
+    inputs = Inputs(c.data, names, periodic, size_of(c), c.views == 'paired')
     model = build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed, c.dtype,
                         LABELS * c.supervised).to(c.device)
     optimizer = optimizer_of(model.network, c)
@@ -215,10 +216,10 @@ def gflop_per_window(c, options):
 
 
 def smooth_fields(c):
-    """(B, C, 32, side, side): noise on every eighth point, interpolated. DISCO takes more steps if it is rough."""
-    side, noise = side_of(c), torch.Generator().manual_seed(0)
-    coarse = torch.randn(c.batch, len(WELL[c.data][2].split()), WINDOW // 8, side // 8, side // 8, generator=noise)
-    return F.interpolate(coarse, size=(WINDOW, side, side), mode='trilinear')
+    """(B, C, 32, H, W): noise on every eighth point, interpolated. DISCO takes more steps if it is rough."""
+    (H, W), noise = size_of(c), torch.Generator().manual_seed(0)
+    coarse = torch.randn(c.batch, len(WELL[c.data][2].split()), WINDOW // 8, H // 8, W // 8, generator=noise)
+    return F.interpolate(coarse, size=(WINDOW, H, W), mode='trilinear')
 
 
 def measure(what, c, options, repeats):
@@ -232,7 +233,7 @@ def measure(what, c, options, repeats):
     warmup = 1 if c.device == 'cuda' else 0
     step_s, product_s = seconds([step, lambda: square @ square], c.device, repeats, warmup)
     rate, of_products = flop / step_s / 1e9, 2 * n**3 / product_s / 1e9
-    return {'model': what, 'dtype': c.dtype, 'windows': c.batch, 'side': side_of(c),
+    return {'model': what, 'dtype': c.dtype, 'windows': c.batch, 'side': size_of(c)[0],
             'gflop_per_window': flop / c.batch / 1e9, 'zeros': zeros / flop, 'windows_per_s': c.batch / step_s,
             'gflop_per_s': rate, 'matmul_gflop_per_s': of_products, 'share_of_matmul': rate / of_products,
             'kinds': shares(step, c.device)}

@@ -43,7 +43,7 @@ from rows import GROUPS, ROWS, SCORED
 from systems import system_names
 
 HERE = Path(__file__).resolve().parent
-COUNTING = threading.Lock()
+COUNTING, STOPPED = threading.Lock(), threading.Event()
 
 
 @dataclass
@@ -89,16 +89,17 @@ class Cell:
     def why_stale(self, result):
         """('training' or 'scoring', what differs) of a result's settings from the row's; ('', '') if nothing does.
 
-        A setting may be younger than the result. Folders, and what only concerns the machine, may differ.
+        A setting that is younger than the result had its default there. Folders, and what only concerns the machine,
+        may differ.
         """
-        own, scored = self.settings()
-        free = {*config.MAY_CHANGE, 'cache', *['micro_batch'] * (self.preset == 'paper')} - {'steps', 'epochs'}
+        (own, scored), options = self.settings(), models.find_model(result['run']['settings']['model']).Options
+        free = {*config.MAY_CHANGE, *['micro_batch'] * (self.preset == 'paper')} - {'steps', 'epochs'}
+        younger = plain(vars(config.Config()) | vars(options()) | vars(evaluation.Settings()))
         for what, now, there in ('training', own, result['run']['settings']), ('scoring', scored, result['probe']):
-            differs = [f'{k} {there[k]}, now {v}' for k, v in now.items() if k in there.keys() - free and there[k] != v]
+            there = younger | there
+            differs = [f'{k} {there[k]}, now {v}' for k, v in now.items() if k not in free and there.get(k) != v]
             if differs:
                 return what, ', '.join(differs)
-        if scored['generalize'] and 'generalization' not in result:
-            return 'scoring', 'without --generalize'
         return '', ''
 
     def state(self):
@@ -117,7 +118,7 @@ class Cell:
         if not (self.run / 'ckpt.pt').exists():
             return {}, ''
         state = models.load_checkpoint(self.run / 'ckpt.pt')
-        there = {'run': {'settings': plain(state['config'] | state['options'])}, 'probe': {}, 'generalization': {}}
+        there = {'run': {'settings': plain(state['config'] | state['options'])}, 'probe': self.settings()[1]}
         return state, self.why_stale(there)[1]
 
     def progress(self):
@@ -150,22 +151,24 @@ class Cell:
                     or self.why_stale(known)[0]):
                 execute(self.evaluate, len(gpus))
                 known = json.loads(table.read_text())
-        if self.preset != 'paper' and set(known['seeds'].values()) != {self.seed}:
-            raise ValueError(f'{table} is of other seeds, {known["seeds"]}: delete {self.data}')
-        known['cost'] = {'gflop_per_window': self.gflop_per_window()}
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.result, json.dumps(known, indent=1))
+            if self.preset != 'paper' and set(known['seeds'].values()) != {self.seed}:
+                raise ValueError(f'{table} is of other seeds, {known["seeds"]}: delete {self.data}')
+            known['cost'] = {'gflop_per_window': self.gflop_per_window()}
+            self.result.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.result, json.dumps(known, indent=1))
         return known
 
     def gflop_per_window(self):
-        """Counted, on one micro-batch."""
-        c, _, options = config.parse(self.train[1:], '')
-        c.batch = c.micro_batch
+        """Counted on the CPU, on one micro-batch, or two windows of the paper's."""
+        c, _, options = config.parse([*self.train[1:], '--device', 'cpu'], '')
+        c.batch = c.micro_batch = 2 if self.preset == 'paper' else c.micro_batch
         with COUNTING:
             return bench_steps.gflop_per_window(c, options)
 
     def execute(self, command, gpus, log, lock, ranks):
         """Run a script of ours; ValueError if it fails, having said why."""
+        if STOPPED.is_set():
+            raise ValueError('interrupted')
         environment = {'OMP_NUM_THREADS': '1', **os.environ}
         if gpus:
             environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
@@ -228,6 +231,7 @@ def show_plan(todo, cells, args, jobs):
 def make_all(todo, jobs, gpus):
     """Make the cells, `jobs` at once; returns {name of a cell: why it failed}."""
     places, failed, started = queue.SimpleQueue(), {}, time.time()
+    STOPPED.clear()
     for k in range(jobs):
         places.put(gpus[k::jobs])
 
@@ -250,12 +254,13 @@ def make_all(todo, jobs, gpus):
                 cell = pending[future]
                 try:
                     words = future.result()
-                except (ValueError, OSError) as e:
+                except Exception as e:                                   # out of memory, too: the others go on
                     failed[cell.name] = words = f'failed, {e}'
                 left = (time.time() - started) / n * (len(todo) - n) / 3600
                 say(f'{cell.name}: {words}. {n} of {len(todo)}, about {left:.1f} hours to go')
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)               # Ctrl-C: no other cell starts
+        finally:                                                         # Ctrl-C: no other script starts
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
     return failed
 
 
@@ -280,11 +285,13 @@ def main(argv=None):
     show_plan(todo, cells, args, jobs)
     if args.dry_run:
         return
-    jobs = next(n for n in range(min(jobs, max(1, len(todo))), 0, -1) if len(gpus) % n == 0)
     failed = make_all([cell for cell, _, _ in todo], jobs, gpus)
-    print(report.table_one(args.preset, Path(args.results)))
-    if Path(args.results).resolve() == HERE / 'results':
-        report.write_pages(HERE / 'results')
+    try:
+        print(report.paper_tables(args.preset, Path(args.results)))
+        if Path(args.results).resolve() == HERE / 'results':
+            report.write_pages(HERE / 'results')
+    except ValueError as e:                                              # a row of which a part is stale, perhaps
+        failed['tables'] = f'not made, {e}'
     if failed:
         raise ValueError('; '.join(f'{name}: {why}' for name, why in failed.items()))
 

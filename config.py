@@ -78,8 +78,8 @@ class Config:
 
 PRESETS = {                                                              # a model's own go before these
     'paper': dict(dtype='float32', log_every=10),                        # the official trainer has no autocast
-    'nano': dict(resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, batch=32, micro_batch=32,
-                 steps=2400, lr=1e-3, warmup_epochs=0.5)}
+    'nano': dict(dtype='float32', resolution=0, whole=True, crop=32, noise=0.0, normalize=True, augment=True, batch=32,
+                 micro_batch=32, steps=2400, lr=1e-3, warmup_epochs=0.5)}
 VIEWS = 'paired', 'unpaired', 'other-time'
 SMOKE = dict(steps=20, batch=16, micro_batch=16)                         # on top of nano
 MAY_CHANGE = ('data_dir', 'cache_dir', 'out', 'device', 'save_every', 'log_every', 'recompute', 'compile', 'steps',

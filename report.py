@@ -71,7 +71,10 @@ def collect(names, folder, variants=True):
                 found = r['rows'][row], r['by_run'][row], of_run
                 seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
                 if row in SHARED:                                        # once for each dataset, whatever the model
-                    same_as(rows[row].setdefault(r['seeds']['data'], found), found)
+                    known = rows[row].setdefault(r['seeds']['data'], found)
+                    if not same_as(known, found):
+                        raise ValueError(f'{file}: its {row} are not those of other results of data seed '
+                                         f'{r["seeds"]["data"]}: they are of other data')
                     continue
                 own = title + row.removeprefix(r['row']) if row.startswith(r['row']) else f'{title}: {row}'
                 if row == 'random init' and same_as(rows[plain].setdefault(seeds, found), found):
@@ -218,7 +221,9 @@ def table_one(preset, folder, probes=PROBES):
         title = models.title(name) + ', fine-tuned' * getattr(m, 'PAPER_FINETUNED', False)
         published |= {(title, system): f'{value:.3f}' for system, value in getattr(m, 'PAPER', {}).items()}
     rows = []
-    for title in ordered(found):
+    wanted = {models.title(model) + ', supervised' * ('supervised' in rest): {}
+              for model, _, rest in (row.partition('-') for row in PAPER_TABLES[preset])}
+    for title in ordered({'': wanted, **found}):
         rows.append([title])
         for system, own in found.items():
             seeds, plain = own.get(title, []), title.replace(', fine-tuned as in the paper', ', fine-tuned')
@@ -241,29 +246,32 @@ def label_curves(system, folder, preset='nano'):
             if title.endswith('supervised'):
                 for p in PROBES:
                     curves[f'{title}, from scratch', p][1.0].append(errors[p]['mean'])
-    for row, fraction in FEWER.items():
+    for row, fraction in FEWER[preset].items():
+        same = None
         for file in sorted(folder.glob(f'{system}-{row}-seed[0-9]*.json')):
             r = json.loads(file.read_text())
+            same = same or r
+            check_alike(r, same, same, file)
             for p in PROBES:
                 curves[f'{r["row"]}, from scratch', p][fraction].append(r['rows'][r['row']][p]['mean'])
     return curves
 
 
-def labels_table(system, folder):
+def labels_table(system, folder, preset='nano'):
     """Markdown of `label_curves`: a row for each encoder and probe, without the nearest neighbours."""
-    curves = {key: by for key, by in label_curves(system, folder).items() if key[1] != 'knn'}
+    curves = {key: by for key, by in label_curves(system, folder, preset).items() if key[1] != 'knn'}
     fractions = sorted({fraction for by in curves.values() for fraction in by})
     rows = [[title, p, *(shown(by.get(fraction, [])) for fraction in fractions)] for (title, p), by in curves.items()]
     return markdown([system, 'probe', *(f'{fraction:.0%}' for fraction in fractions)], rows)
 
 
-def carried_table(system, folder):
+def carried_table(system, folder, preset='nano'):
     """Markdown: errors at values held out from the probe, in brackets those of one that saw them; and on spoilt fields.
 
     Columns of `values` are of the linear probe and the nearest neighbours, for which alone they were measured.
     """
     rows, head = [], []
-    found = of_paper('nano', folder).get(system, {})
+    found = of_paper(preset, folder).get(system, {})
     for title in ordered({system: found}):
         carried = [of_run['generalization'] for _, _, of_run in found[title] if of_run.get('generalization')]
         for p in PROBES if carried else ():
@@ -295,9 +303,9 @@ def costs(folder, preset='nano'):
     return out
 
 
-def cost_table(folder):
+def cost_table(folder, preset='nano'):
     """Markdown of `costs`, from the least to the most over the systems."""
-    found = costs(folder)
+    found = costs(folder, preset)
     rows = []
     for title in ordered(found):
         own = [rows[title] for rows in found.values() if title in rows]
@@ -308,6 +316,13 @@ def cost_table(folder):
                      span([c['minutes'] for c in own], '.0f'), span([c['gb'] for c in own], '.1f')])
     return markdown(['', 'parameters of the encoder', 'windows seen', 'GFLOP a window', 'TFLOP in all', 'minutes',
                      'peak GB'], rows)
+
+
+def paper_tables(preset, folder):
+    """Markdown: all of these, of a preset."""
+    each = [table(system, folder, preset) for system in of_paper(preset, folder)
+            for table in (labels_table, carried_table)]
+    return '\n\n'.join([table_one(preset, folder), cost_table(folder, preset), *each])
 
 
 # ---------------------------------------------------------------------------------------------

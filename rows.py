@@ -26,8 +26,10 @@ ROWS = {                                                                 # after
     'vjepa-nano-supervised': '--model vjepa --steps 3200 --supervised',
 }
 # the same encoder, that is shown a part of the labels
-FEWER = {f'jepa-nano-short-supervised-{percent}': percent / 100 for percent in (1, 2, 5, 10, 20, 50)}
-ROWS |= {row: f'--model jepa --steps 800 --supervised --label-fraction {share}' for row, share in FEWER.items()}
+FEWER = {'nano': {f'jepa-nano-short-supervised-{percent}': percent / 100 for percent in (1, 2, 5, 10, 20, 50)},
+         'paper': {f'jepa-paper-supervised-{percent}': percent / 100 for percent in (10, 50)}, 'smoke': {}}
+ROWS |= {row: f'--model jepa --{of} --supervised --label-fraction {share}'
+         for preset, of in (('nano', 'steps 800'), ('paper', 'preset paper')) for row, share in FEWER[preset].items()}
 # `paper` trains MPP and DISCO from nothing: with their published files, add --init FILE --steps 0
 ROWS |= {f'{model}-{preset}': f'--model {model} --preset {preset}' for preset in ('paper', 'smoke')
          for model in ('jepa', 'videomae', 'mpp', 'disco')}
@@ -57,7 +59,7 @@ EXPERIMENT = everywhere(TARGETS, ('active_matter', 'shear_flow'))
 GROUPS = {                                                               # by preset: {name of a part: its rows}
     'nano': {'longest': everywhere(['jepa-nano', 'jepa-nano-supervised']),
              'paper-tables': everywhere(PAPER_TABLES['nano']),
-             'fewer-labels': everywhere(FEWER),
+             'fewer-labels': everywhere(FEWER['nano']),
              'latents-or-pixels': EXPERIMENT},
-    'paper': {'paper-tables': everywhere(PAPER_TABLES['paper'])},
+    'paper': {'paper-tables': everywhere(PAPER_TABLES['paper']), 'fewer-labels': everywhere(FEWER['paper'])},
     'smoke': {'paper-tables': everywhere(PAPER_TABLES['smoke'])}}

@@ -355,7 +355,7 @@ def test_an_experiment_is_one_word(tmp_path, monkeypatch):
     assert [cell.seed for cell in cells] == [0] * 25 + [1] * 25
     some = everywhere(['jepa-nano-paired', 'pixels-nano', 'vjepa-nano-block'], ('active_matter', 'shear_flow'))
     assert {cell.name for cell in cells} >= {f'{row}-seed1' for row in some}
-    for name in EXPERIMENT + everywhere(PAPER_TABLES['nano']) + everywhere(FEWER):
+    for name in EXPERIMENT + everywhere(PAPER_TABLES['nano']) + everywhere(FEWER['nano']):
         own, _ = cell_of(f'{name}-seed0').settings()
         assert own['batch'] * own['steps'] == 25600 and own['preset'] == 'nano', name
     assert cell_of('active_matter-jepa-nano-short-supervised-5-seed0').settings()[0]['label_fraction'] == 0.05
