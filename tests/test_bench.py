@@ -102,7 +102,15 @@ def test_every_model_has_a_row():
     assert [encoder for model, encoder, _ in found if model == 'jepa'] == ['convnext', 'statistics']
     for name in model_names():                                           # on CUDA
         c, options = bench_steps.settings(name, 'cpu', '--preset', 'paper')
-        assert bench_steps.side_of(c) == 224 and c.batch == 8 and c.dtype == 'float32'
+        assert bench_steps.size_of(c) == (224, 224) and c.batch == 8 and c.dtype == 'float32'
+
+
+def test_fields_that_are_no_squares_are_counted_as_they_are():
+    """A model that sees whole fields sees 96 x 32 of convection: 3/4 of the points of 64 x 64, of 4 fields of 11."""
+    c, options = bench_steps.settings('mpp', 'cpu', '--data', 'rayleigh_benard', '--batch', '2', '--micro-batch', '2')
+    assert bench_steps.size_of(c) == (96, 32) == tuple(bench_steps.smooth_fields(c).shape[-2:])
+    square, _ = bench_steps.settings('mpp', 'cpu', '--batch', '2', '--micro-batch', '2')
+    assert 0.5 < bench_steps.gflop_per_window(c, options) / bench_steps.gflop_per_window(square, options) < 0.75
 
 
 def test_parts_and_numbers(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ SYSTEMS = 'active_matter', 'shear_flow', 'rayleigh_benard'
 SHARED = dict(
     cache='float32',
     resolution=224, whole=False, crop=0, normalize=False, augment=False, views='paired',     # [C] data.py
-    supervised=False,
+    supervised=False, label_fraction=1.0,
     micro_batch=8,                                                       # [C] configs: windows per GPU
     weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see NOTES.md
     dtype='float32',                                                     # [C] no autocast in its trainer
