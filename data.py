@@ -10,7 +10,7 @@ import hashlib
 import mmap
 from pathlib import Path
 
-from common import FRAMES, RANK
+from common import RANK
 
 import numpy as np
 import torch
