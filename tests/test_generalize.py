@@ -119,7 +119,8 @@ def test_probes_do_not_see_values_that_are_held_out(tmp_path):
     """Neither to fit nor to choose by; the errors are of the label that was held out, at its held-out values alone."""
     y = np.array([(a, b, c) for a in range(5) for b in (0, 1) for c in range(4)], float)
     sets = {'train': windows(y, 40), 'valid': windows(y, 40, each=2), 'scored': windows(y[::-1].copy(), 40, each=1)}
-    fit, full = Fit(0.5), torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    off = torch.tensor([0.5, 1.0, 2.0])
+    fit, full = Fit(off), torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     found = generalize.values(sets, fit, {'linear': full, 'knn': full + 1}, tmp_path)
     held = {('between', 0): {1, 3}, ('outside', 0): {0, 4}, ('between', 2): {1}, ('outside', 2): {0, 3}}
     errors = {'between': [], 'outside': []}
@@ -132,7 +133,7 @@ def test_probes_do_not_see_values_that_are_held_out(tmp_path):
         assert not attentive
         truth = splits['scored'][1][:, label]
         own = lambda estimates: (estimates[:, label] - truth).pow(2).mean().item()
-        errors[where].append([[own(splits['scored'][0].mean(1) + 0.5 + i), own(full[is_out['scored']] + i)]
+        errors[where].append([[own(splits['scored'][0].mean(1) + off + i), own(full[is_out['scored']] + i)]
                               for i in (0, 1)])
     for where, pairs in errors.items():
         assert [found[where][p] for p in ('linear', 'knn')] == pytest.approx(np.mean(pairs, 0))
@@ -308,6 +309,7 @@ def test_an_encoder_trained_with_few_labels(well, tmp_path, monkeypatch):
                                    ['--supervised', '--label-fraction', '1.5']])
 def test_a_share_of_labels_is_for_what_is_trained_with_labels(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, 'train', lambda *_: pytest.fail('it trains'))
     with pytest.raises(SystemExit) as left:
         train.main(flags)
     said = capsys.readouterr()
