@@ -216,8 +216,8 @@ def test_table_one_stands_beside_the_papers(tmp_path):
     assert head == ['', *(f'{system}: {c}' for system in ('active_matter', 'shear_flow')
                           for c in ('the paper', *tables.PROBES))]
     assert [row[0] for row in rows] == ['JEPA', 'VideoMAE', 'MPP', 'DISCO', 'MPP, fine-tuned', 'JEPA, supervised',
-                                        'JEPA: random init', 'MPP: random init', 'MPP: random init, fine-tuned', 'field statistics',
-                                        'predict the mean']
+                                        'JEPA: random init', 'MPP: random init', 'MPP: random init, fine-tuned',
+                                        'field statistics', 'predict the mean']
     by = {row[0]: row[1:] for row in rows}
     jepa, mpp = find_model('jepa').PAPER, find_model('mpp').PAPER
     assert by['JEPA'] == [f'{jepa["active_matter"]:.3f}', *['0.210 ± 0.014'] * 3,
