@@ -43,7 +43,7 @@ from rows import GROUPS, ROWS, SCORED
 from systems import system_names
 
 HERE = Path(__file__).resolve().parent
-COUNTING, STOPPED = threading.Lock(), threading.Event()
+COUNTING = threading.Lock()
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Cell:
         self.preset = next((p for p in ('paper', 'smoke') if p in self.row.split('-')), 'nano')
         smoke = '-smoke' * (self.preset == 'smoke')
         self.data = str(data_folder(args.data_dir)) if self.preset == 'paper' else f'data/seed{seed}{smoke}'
+        self.stopped = threading.Event()                                 # set: no other script is to be run
         data = ['--data-dir', self.data]
         self.simulate = ['simulate.py', self.system, '--preset', self.preset, '--seed', seed, *data]
         self.train = ['train.py', '--data', self.system, *ROWS[self.row].split(), '--seed', seed, *data, '--out',
@@ -167,7 +168,7 @@ class Cell:
 
     def execute(self, command, gpus, log, lock, ranks):
         """Run a script of ours; ValueError if it fails, having said why."""
-        if STOPPED.is_set():
+        if self.stopped.is_set():
             raise ValueError('interrupted')
         environment = {'OMP_NUM_THREADS': '1', **os.environ}
         if gpus:
@@ -231,7 +232,6 @@ def show_plan(todo, cells, args, jobs):
 def make_all(todo, jobs, gpus):
     """Make the cells, `jobs` at once; returns {name of a cell: why it failed}."""
     places, failed, started = queue.SimpleQueue(), {}, time.time()
-    STOPPED.clear()
     for k in range(jobs):
         places.put(gpus[k::jobs])
 
@@ -258,9 +258,11 @@ def make_all(todo, jobs, gpus):
                     failed[cell.name] = words = f'failed, {e}'
                 left = (time.time() - started) / n * (len(todo) - n) / 3600
                 say(f'{cell.name}: {words}. {n} of {len(todo)}, about {left:.1f} hours to go')
-        finally:                                                         # Ctrl-C: no other script starts
-            STOPPED.set()
+        except BaseException:                                            # Ctrl-C: no other script starts
+            for cell in todo:
+                cell.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 

@@ -86,7 +86,7 @@ def test_a_benchmark_waits_for_what_another_left_behind(tmp_path, monkeypatch):
     cell = benchmark.Cell(f'{ROW}-seed0', benchmark.Settings())
     job = threading.Thread(target=cell.execute, args=(['train.py'], [], None, lock, 1))
     job.start()
-    while not Path('begun').exists():
+    while job.is_alive() and not Path('begun').exists():
         time.sleep(0.01)
     os.close(lock)                                                       # as when it dies
     assert not Path('done').exists()
