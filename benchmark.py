@@ -105,14 +105,14 @@ class Cell:
 
     def state(self):
         """(what is to be done: '', 'scoring' or 'training'; in words)."""
+        there = self.result.exists()
+        differs = self.why_stale(json.loads(self.result.read_text()))[1] if there else ''
+        if there and not differs:
+            return '', ''
         step, steps = self.progress()
-        what = 'training' if step < steps else 'scoring'
-        if self.result.exists():
-            differs = self.why_stale(json.loads(self.result.read_text()))[1]
-            return what * bool(differs), differs
         if step == steps:
-            return what, 'trained'
-        return what, f'trained to step {step} of {steps}' if step else ''
+            return 'scoring', differs or 'trained'
+        return 'training', differs or (f'trained to step {step} of {steps}' if step else '')
 
     def checkpoint(self):
         """(its run's checkpoint dict, what of its settings differs from the row's); ({}, '') if there is none."""

@@ -109,6 +109,10 @@ class Split:
         order = spread_runs(self.labels(self.varying()), seed)
         return order[:max(1, round(fraction * len(order)))]
 
+    def with_labels(self, windows, fraction, seed):
+        """Those of the windows (n, 2) whose run is among the `labelled`."""
+        return windows[np.isin(windows[:, 0], self.labelled(fraction, seed))]
+
     def normalization(self, normalize):
         """(mean, std) by channel that fields are to be z-scored with; (0, 1) if not `normalize`.
 

@@ -61,8 +61,7 @@ class Run:
                                    for t in range(0, split.fields.shape[2] - WINDOW + 1, stride)])
                    for name, split in self.splits.items()}
         if self.c.label_fraction < 1:                                    # the probes know no more labels than it did
-            known = self.splits['train'].labelled(self.c.label_fraction, self.c.seed)
-            windows['train'] = windows['train'][np.isin(windows['train'][:, 0], known)]
+            windows['train'] = self.splits['train'].with_labels(windows['train'], self.c.label_fraction, self.c.seed)
         mean, std = np.array(self.state['label_mean']), np.array(self.state['label_std'])
         return windows, {name: torch.tensor(((self.splits[name].labels(self.labels) - mean) / std)[w[:, 0]])
                          for name, w in windows.items()}

@@ -99,9 +99,8 @@ def field_statistics(run, args):
     if run.system.statistics is None:
         print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
         return None, {}
-    what = 'field statistics'
     ridge = lambda splits, *settings: {'linear': probe.linear(splits, scored=scored_of(splits, args))}
-    return row_of(run, args, with_products(embedded(run, args, what)), ridge, trained=False)
+    return row_of(run, args, with_products(embedded(run, args, 'field statistics')), ridge, trained=False)
 
 
 def embedded(run, args, what, noise=None):
@@ -116,10 +115,11 @@ def row_of(run, args, sets, fit, trained):
     """(row of a table, {} or what --generalize finds). fit(splits, attentive, epochs) -> the row of some windows."""
     if not args.generalize:
         return fit(sets), {}
-    train = run.splits['train']
-    runs = run.windows['train'][:, 0] if args.fractions == 'runs' else None
-    order = train.labelled(1.0, run.c.seed) if args.fractions == 'runs' else np.random.default_rng(
-        [run.c.seed, 8]).permutation(len(run.windows['train']))
+    windows = run.windows['train']
+    if args.fractions == 'runs':
+        runs, order = windows[:, 0], run.splits['train'].labelled(1.0, run.c.seed)
+    else:
+        runs, order = None, np.random.default_rng([run.c.seed, 8]).permutation(len(windows))
     return generalize.measure(sets, fit, runs, order, args.split, run.path.parent, trained)
 
 
@@ -163,7 +163,7 @@ def evaluate_run(run, args):
     head = probe.AttentiveProbe(means.shape[1], len(run.labels), ratio_of(run.module, args))
     parameters = {'encoder': sum(p.numel() for p in encoder.parameters()),
                   'attentive probe': sum(p.numel() for p in head.parameters())}
-    return rows, {'parameters': parameters, **about, 'generalization': carried}, kept
+    return rows, {'parameters': parameters, **about, **({'generalization': carried} if args.generalize else {})}, kept
 
 
 def tuned_name(args):
@@ -192,10 +192,11 @@ def evaluate(paths, args):
         seen = run.c.resolution, run.c.whole
         if seen not in statistics:
             statistics[seen] = field_statistics(run, args)
-        if statistics[seen][0]:
-            rows['field statistics'], about['generalization']['field statistics'] = statistics[seen]
-        if not args.generalize:
-            del about['generalization']
+        row, carried = statistics[seen]
+        if row:
+            rows['field statistics'] = row
+        if carried:
+            about['generalization']['field statistics'] = carried
         rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
         results.append(result_of(run, args, rows, about, time.perf_counter() - started))
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
@@ -211,6 +212,7 @@ def evaluate(paths, args):
 def result_of(run, args, rows, about, seconds):
     """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
     scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
+    log = run.path.with_name('log.jsonl')
     paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
     if paper is not None and not run.c.supervised and not read_recipe(run.root):       # nothing of what we simulate
         scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
@@ -221,22 +223,20 @@ def result_of(run, args, rows, about, seconds):
             'evaluated_by': run.git, 'machine': machine(run.device),
             'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
                     'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
-                    **memory_of(run.path.with_name('log.jsonl')),
-                    'last_steps': last_steps(run.path.with_name('log.jsonl')),
+                    **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1)}, 'last_steps': last_steps(log),
                     'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
 
 
 def last_steps(log, steps=100):
     """What a training log says of its last steps: the means of its losses and of the embedding's spread and rank."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()[-steps:]] if log.exists() else []
+    lines = log_lines(log, steps)
     names = lines[-1].keys() - CLOCKS if lines else ()
     return {name: float(np.mean([line[name] for line in lines if name in line])) for name in sorted(names)}
 
 
-def memory_of(log):
-    """{'memory_gb': the peak that a training log ends with}, or {} if there is none."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return {'memory_gb': json.loads(lines[-1])['memory_gb']} if lines else {}
+def log_lines(log, last):
+    """The last so many lines of a training log, which may not be there."""
+    return [json.loads(line) for line in log.read_text().splitlines()[-last:]] if log.exists() else []
 
 
 def scored(rows, targets, runs, labels):

@@ -83,14 +83,14 @@ def targets(figure, found):
     *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.2])
     titles = [t for t in dict.fromkeys(t for rows in found.values() for t in rows)
               if t not in SHARED and not t.endswith('random init')]
-    errors = lambda rows, title, p: [e[p]['mean'] for e, _, _ in rows.get(title, [])]
+    errors = lambda found, p: [e[p]['mean'] for e, _, _ in found]
     for ax, (system, rows) in zip(panels, found.items()):
         for (i, title), (j, p) in itertools.product(enumerate(titles), enumerate(PROBES)):
-            y, seeds = i + 0.25 * (j - 1), errors(rows, title, p)
+            y, seeds = i + 0.25 * (j - 1), errors(rows.get(title, []), p)
             if seeds:
                 ax.barh(y, np.mean(seeds), 0.22, color=PROBES[p])
                 ax.plot(seeds, [y] * len(seeds), '.', ms=4, color='#222222')
-                if before := errors(rows, title.partition(',')[0] + ': random init', p):
+                if before := errors(floor_of(title, rows), p):
                     ax.plot([np.mean(before)] * 2, [y - 0.12, y + 0.12], color=BEFORE, lw=1.5)
         ax.set(title=people(system), yticks=range(len(titles)), ylim=(len(titles) - 0.4, -0.6),
                yticklabels=titles if ax is panels[0] else [], xlabel=ERROR)

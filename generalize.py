@@ -7,8 +7,9 @@ How far does an embedding carry? The probes of eval.py with fewer labels, at uns
                ones, spread over the parameters (data.spread_runs); --fractions windows draws windows, as the paper does
     values     probes fitted without some values of a parameter, and scored on these: every second one (`between`), or
                the smallest and the largest (`outside`); beside it, the same windows by probes that saw all values
-    inputs     probes fitted to clean fields, scored on noisy ones (white noise, its std in units of each channel's),
-               and on fields at half resolution (2 x 2 points averaged, and interpolated back to the encoder's size)
+    inputs     probes fitted to clean fields, scored on noisy ones (white noise, in units of the std that a channel is
+               normalised by), and on fields at half resolution (2 x 2 points averaged, and interpolated back to the
+               encoder's size)
 
 Probes choose their settings on valid, all of it but for held-out values, whatever split is scored. The attentive one is
 fitted to the trained encoder alone, and not for `values`.
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 import probe
 
-FRACTIONS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
+FRACTIONS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5                              # of the labels; all are measured anyway
 INPUTS = 'noise 0.1', 'noise 0.3', 'noise 1', 'half resolution'
 STEPS = 300                                                              # at least, of the attentive probe
 LEAST_VALUES = 4                                                         # of a parameter, to hold some out
@@ -98,7 +99,7 @@ def labels(clean, fit, order, runs, folder, trained):
     runs is None, order is of windows.
     """
     found = {}
-    for fraction in FRACTIONS[:-1]:
+    for fraction in FRACTIONS:
         taken = order[:max(1, round(fraction * len(order)))]
         index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)) if runs is not None else np.sort(taken))
         part = {**clean, 'train': kept(clean['train'], index, folder)}

@@ -56,16 +56,17 @@ def collect(names, folder, variants=True):
         files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
         if not files:
             raise ValueError(f'no {folder}/{name}-seed*.json')
-        same, variant = None, re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-')
+        same, variant = None, re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-') * variants
         for file in files:
             r = json.loads(file.read_text())
             first, same = first or r, same or r
             check_alike(r, first, same, file)
-            start, variant = r['run']['settings'].get('init'), variant * variants
+            start = r['run']['settings'].get('init')
             own_name = r['row'].endswith(variant.rpartition('-')[2])     # as of one trained with labels
             title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
             for row in (row for row in r['by_run'] if row != 'predict the mean'):
-                of_run = {k: r['generalization'][row] for k in ('generalization',) if row in r.get(k, {})}
+                carried = r.get('generalization', {}).get(row)
+                of_run = {'generalization': carried} if carried else {}
                 if row == r['row']:
                     of_run |= r['run'] | {k: r.get(k) for k in ('rank', 'parameters', 'cost')}
                 found = r['rows'][row], r['by_run'][row], of_run
@@ -108,9 +109,7 @@ def summary(names, folder):
     each, names = 'parameters' in names, [name for name in names if name != 'parameters']
     rows, first = collect(names, folder)
     columns = [*first['labels'], 'mean'] if each else ['mean']
-    head = [f'{p}: {c}' if each else p for p in PROBES for c in columns]
-    lines = ['| ' + ' | '.join([first['system'], 'seeds', 'windows seen', *head]) + ' |',
-             '|---' * (3 + len(head)) + '|']
+    head, lines = [f'{p}: {c}' if each else p for p in PROBES for c in columns], []
     for title, found in rows.items():
         cells = []
         for p in PROBES:
@@ -120,8 +119,8 @@ def summary(names, folder):
                     cells[-1] += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
         windows = sorted({of_run['windows_seen'] for _, _, of_run in found if 'windows_seen' in of_run})
         seen = ' to '.join(f'{w:,}' for w in dict.fromkeys((windows[0], windows[-1]))) if windows else '-'
-        lines.append(f'| {title} | {len(found)} | {seen} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        lines.append([title, str(len(found)), seen, *cells])
+    return markdown([first['system'], 'seeds', 'windows seen', *head], lines)
 
 
 def floor_of(title, rows):
@@ -145,7 +144,14 @@ def shown(values):
 
 def markdown(head, rows):
     """A table of cells of text."""
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
+    line = lambda row: '| ' + ' | '.join(row) + ' |'
+    return '\n'.join([line(head), '|---' * len(head) + '|', *map(line, rows)])
+
+
+def ordered(found, marks=(', fine-tuned', 'supervised', 'random init', 'field statistics')):
+    """Titles of {system: {title: ..}}: first those without any of the marks, then by the last of the marks in them."""
+    place = lambda title: max((i + 1 for i, mark in enumerate(marks) if mark in title), default=0)
+    return sorted(dict.fromkeys(title for rows in found.values() for title in rows), key=place)
 
 
 def of_experiment(folder):
@@ -158,9 +164,6 @@ def of_experiment(folder):
     return {system: collect(own, folder)[0] for system, own in names.items()}
 
 
-LAST = '', 'random init', 'supervised', 'field statistics'               # an order of rows
-
-
 def side_by_side(folder):
     """A Markdown table of that experiment: errors are means over a system's parameters, `~` and ± as in `summary`.
 
@@ -168,11 +171,8 @@ def side_by_side(folder):
     a number for each system.
     """
     found = of_experiment(folder)
-    head = ['', *(f'{s}: {p}' for s in found for p in PROBES), 'effective rank']
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
-    shown = []
-    titles = dict.fromkeys(title for rows in found.values() for title in rows)
-    for title in sorted(titles, key=lambda title: max(i for i, word in enumerate(LAST) if word in title)):
+    lines, shown = [], []
+    for title in ordered(found, ('random init', 'supervised', 'field statistics')):
         errors = [[e for e, _, _ in rows.get(title, [])] for rows in found.values()]
         if errors in shown:                                              # two models' encoders may begin alike
             continue
@@ -183,8 +183,8 @@ def side_by_side(folder):
             cells += [cell(seeds, floor_of(title, rows), p, 'mean') for p in PROBES]
             own = [of_run['rank'] for _, _, of_run in seeds if of_run.get('rank')]
             ranks.append(f'{np.mean([rank["effective"] for rank in own]):.1f} of {own[0]["of"]}' if own else '-')
-        lines.append('| ' + ' | '.join([title, *cells, ' / '.join(ranks)]) + ' |')
-    return '\n'.join(lines)
+        lines.append([title, *cells, ' / '.join(ranks)])
+    return markdown(['', *(f'{s}: {p}' for s in found for p in PROBES), 'effective rank'], lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,17 +199,6 @@ def of_paper(preset, folder):
         if names:
             found[system] = collect(names, folder, variants=False)[0]
     return found
-
-
-def rank_of(title):
-    """Where a row stands: trained encoders, fine-tuned ones, with labels, before training, and the rest."""
-    marks = ', fine-tuned', 'supervised', 'random init', 'field statistics'
-    return max([i + 1 for i, mark in enumerate(marks) if mark in title], default=0)
-
-
-def ordered(found):
-    """Titles of {system: {title: ..}} in the order of `rank_of`."""
-    return sorted(dict.fromkeys(title for rows in found.values() for title in rows), key=rank_of)
 
 
 def table_one(preset, folder, probes=PROBES):
@@ -373,14 +362,19 @@ def with_tables(text, folder):
     return re.sub(r'(<!-- results: ([^>]*) -->)\n.*?(<!-- /results -->)', table, text, flags=re.DOTALL)
 
 
+def remade(folder):
+    """(name of a page, its text, its text with every table made anew) of each."""
+    for name in PAGES:
+        text = (HERE / name).read_text()
+        yield name, text, with_tables(text, folder)
+
+
 def write_pages(folder):
     """Make every table of the pages anew."""
-    for page in (HERE / name for name in PAGES):
-        text = page.read_text()
-        new = with_tables(text, folder)
+    for name, text, new in remade(folder):
         if new != text:
-            write_text(page, new)
-        print(f'{page.relative_to(HERE)}: ' + ('written' if new != text else 'every table is what results/ gives'))
+            write_text(HERE / name, new)
+        print(f'{name}: ' + ('written' if new != text else 'every table is what results/ gives'))
 
 
 @script
@@ -388,9 +382,9 @@ def main(argv=None):
     args, = parse(__doc__, Settings, argv)
     if not args.check:
         return write_pages(HERE / 'results')
-    for page in (HERE / name for name in PAGES):
-        if with_tables(page.read_text(), HERE / 'results') != page.read_text():
-            raise ValueError(f'{page.relative_to(HERE)} has other numbers than results/: python report.py writes them')
+    for name, text, new in remade(HERE / 'results'):
+        if new != text:
+            raise ValueError(f'{name} has other numbers than results/: python report.py writes them')
     print('every table is what results/ gives')
 
 

@@ -100,7 +100,7 @@ def open_data(c):
     if not data.varying():
         raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
     if c.label_fraction < 1:
-        data.windows = data.windows[np.isin(data.windows[:, 0], data.labelled(c.label_fraction, c.seed))]
+        data.windows = data.with_labels(data.windows, c.label_fraction, c.seed)
     return root, data
 
 
