@@ -36,9 +36,9 @@ ROWS |= {f'{model}-{preset}': f'--model {model} --preset {preset}' for preset in
 ROWS['jepa-paper-supervised'] = '--model jepa --preset paper --supervised'
 
 SCORED = {                                                               # and eval.py, beside the split
-    **{row: '--generalize' for row in ('jepa-nano-vicreg', 'videomae-nano', 'disco-nano', 'jepa-nano-short-supervised',
-                                       'jepa-paper', 'videomae-paper', 'disco-paper', 'jepa-paper-supervised')},
-    'mpp-nano': '--generalize --finetune 5', 'mpp-paper': '--generalize --finetune paper',
+    **{row: '--generalize' for row in ('jepa-nano-vicreg', 'videomae-nano', 'jepa-nano-short-supervised',
+                                       'jepa-paper', 'videomae-paper', 'jepa-paper-supervised')},
+    'mpp-nano': '--finetune 5', 'mpp-paper': '--finetune paper',
     **{f'{model}-smoke': '--epochs 5' for model in ('jepa', 'videomae', 'disco')},
     'mpp-smoke': '--epochs 5 --finetune 1'}
 
