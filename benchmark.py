@@ -227,6 +227,10 @@ def show_plan(todo, cells, args, jobs):
     unknown = f', and {times.count(None)} cells of unknown time' if None in times else ''
     print(f'{len(cells) - len(todo)} of {len(cells)} cells are there; the others take {known / 3600:.1f} hours of one '
           f'job{unknown}, here with {jobs}: {known / 3600 / jobs:.1f}. Times are those of earlier cells.')
+    missing = {f'{cell.data}/{cell.system}' for cell, _, _ in todo
+               if cell.preset != 'paper' and not Path(cell.data, cell.system, 'stats.yaml').exists()}
+    if missing:
+        print(f'Before that, minutes each, these are simulated: {", ".join(sorted(missing))}.')
 
 
 def make_all(todo, jobs, gpus):

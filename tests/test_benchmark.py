@@ -299,6 +299,10 @@ def test_a_dry_run_makes_nothing_and_counts(ran, capsys):
     put(f'{ROW}-seed1')
     benchmark.main([ROW, '--dry-run'])
     assert '1 of 3 cells are there' in capsys.readouterr().out
+    Path('data/seed0/shear_flow').mkdir(parents=True)
+    Path('data/seed0/shear_flow/stats.yaml').touch()                     # is complete; there is a result of seed 1
+    benchmark.main([ROW, '--dry-run'])
+    assert capsys.readouterr().out.endswith('these are simulated: data/seed2/shear_flow.\n')
     benchmark.main(['paper-tables', '--preset', 'smoke', '--seeds', '2', '--dry-run'])
     assert '0 of 24 cells are there' in capsys.readouterr().out
 
