@@ -7,6 +7,7 @@ Opening a split builds a cache once (cache.py). A window is then a slice of it, 
 """
 import functools
 import hashlib
+import math
 import mmap
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def transform(fields, channels, element):
         base, component = split_name(name)
         if component:
             source = base + '_' + ''.join(axis[a][0] for a in component)
-            sign = np.prod([axis[a][1] for a in component])
+            sign = math.prod(axis[a][1] for a in component)          # a Python int, else fields become float64
         else:
             source, sign = name, 1
         np.multiply(fields[channels.index(source)], sign, out=out[c])
