@@ -278,7 +278,10 @@ def carried_table(system, folder, preset='nano'):
 
 
 def costs(folder, preset='nano'):
-    """{system: {title: {what: mean over seeds}}} of the trained encoders of table 1; FLOP as bench_steps.py counts."""
+    """{system: {title: {what: mean over seeds}}} of the trained encoders of table 1; FLOP as bench_steps.py counts.
+
+    Of the minutes, the median: a run may have been paused.
+    """
     out = defaultdict(dict)
     for system, rows in of_paper(preset, folder).items():
         for title, seeds in rows.items():
@@ -288,7 +291,8 @@ def costs(folder, preset='nano'):
                 out[system][title] = {
                     'parameters': runs[0]['parameters']['encoder'], 'windows': mean(lambda r: r['windows_seen']),
                     'gflop': mean(lambda r: r['cost']['gflop_per_window']),
-                    'minutes': mean(lambda r: r['train_seconds'] / 60), 'gb': mean(lambda r: r['memory_gb'])}
+                    'minutes': float(np.median([r['train_seconds'] / 60 for r in runs])),
+                    'gb': mean(lambda r: r['memory_gb'])}
     return out
 
 
@@ -320,7 +324,7 @@ def paper_tables(preset, folder):
 def as_probed(r):
     """What the results of a table have in common."""
     return {**{k: r[k] for k in ('system', 'labels', 'stride', 'windows')},
-            **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio')},
+            **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio', *['fractions'] * ('generalization' in r))},
             'field': r['field'].partition(',')[0]}                       # tiled or not, it is the same field
 
 

@@ -38,7 +38,7 @@ ROWS['jepa-paper-supervised'] = '--model jepa --preset paper --supervised'
 SCORED = {                                                               # and eval.py, beside the split
     **{row: '--generalize' for row in ('jepa-nano-vicreg', 'videomae-nano', 'jepa-nano-short-supervised',
                                        'jepa-paper', 'videomae-paper', 'jepa-paper-supervised')},
-    'mpp-nano': '--finetune 5', 'mpp-paper': '--finetune paper',
+    'mpp-nano': '--finetune 5 --finetune-lr 1e-3', 'mpp-paper': '--finetune paper',
     **{f'{model}-smoke': '--epochs 5' for model in ('jepa', 'videomae', 'disco')},
     'mpp-smoke': '--epochs 5 --finetune 1'}
 

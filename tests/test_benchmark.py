@@ -147,7 +147,8 @@ def test_a_row_is_made_seed_by_seed(ran):
 
 def test_what_is_scored_belongs_to_its_row(ran):
     benchmark.main([TUNED, '--seeds', '1', '--jobs', '1'])
-    assert ran[-1][2] == [f'rows/{TUNED}-seed0', '--split', 'test', '--finetune', '5', '--data-dir', 'data/seed0']
+    assert ran[-1][2] == [f'rows/{TUNED}-seed0', '--split', 'test', '--finetune', '5', '--finetune-lr', '1e-3',
+                          '--data-dir', 'data/seed0']
     assert set(SCORED) <= set(ROWS)
 
 
