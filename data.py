@@ -220,7 +220,7 @@ def transform(fields, channels, element):
         base, component = split_name(name)
         if component:
             source = base + '_' + ''.join(axis[a][0] for a in component)
-            sign = math.prod(axis[a][1] for a in component)          # a Python int, else fields become float64
+            sign = math.prod(axis[a][1] for a in component)              # a Python int keeps the fields float32
         else:
             source, sign = name, 1
         np.multiply(fields[channels.index(source)], sign, out=out[c])

@@ -309,9 +309,9 @@ def test_random_weights_carry_as_whoever_tried_says(tmp_path):
 
 
 def test_what_the_models_cost(tmp_path):
-    """From the least to the most over the systems, each a mean over its seeds (of minutes the median: one may have been paused).
+    """From the least to the most over the systems, each a mean over its seeds; only of those of which it is known.
 
-    Only of those of which it is known.
+    Of minutes the median: a run may have been paused.
     """
     for system, scale in ('active_matter', 1), ('shear_flow', 3):
         for seed in 0, 1, 2:
