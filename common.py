@@ -261,6 +261,7 @@ class Timed:
             self.seconds += time.perf_counter() - start
 
 
+@torch.compiler.disable                                                  # which knows nothing of pinned memory
 def sent(x, device):
     """A CPU tensor on a device, which nobody waits for."""
     return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)

@@ -109,7 +109,7 @@ def test_the_depthwise_convolution(layout, dtype, error):
     there = DepthwiseConv3d(8).to('cuda', dtype)
     there.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, 16, 12, 12, dtype=dtype).contiguous(memory_format=layout)
-    a, b = x.double().requires_grad_(), x.cuda().requires_grad_()
+    b, a = x.cuda().requires_grad_(), x.double().requires_grad_()        # a may be x itself
     expected = torch.nn.functional.conv3d(a, layer.weight, layer.bias, padding=3, groups=8)
     found = there(b)
     expected.square().sum().backward()
