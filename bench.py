@@ -150,7 +150,7 @@ def training_step(device):
     plain, plain_first, ours = [step() for step in steps]                # the warm-up as well
     for loss in plain, plain_first:
         assert_close(loss, ours, rtol=1e-4 if device == 'cpu' else 2e-2, atol=0)
-    plain_s, first_s, ours_s = seconds(steps, device, *((3, 0) if device == 'cpu' else (10, 2)))
+    plain_s, first_s, ours_s = seconds(steps, device, repeats=3, warmup=0 if device == 'cpu' else 1)
     row(what, batch / first_s, batch / ours_s, 'windows/s', less_is_better=False)
     row('  the plain one in channels-last memory too', batch / plain_s, batch / ours_s, 'windows/s',
         less_is_better=False)
