@@ -113,8 +113,8 @@ def embedded(run, args, what, noise=None):
 
 def row_of(run, args, sets, fit, trained):
     """(row of a table, {} or what --generalize finds). fit(splits, attentive, epochs) -> the row of some windows."""
-    if not args.generalize:
-        return fit(sets), {}
+    if not args.generalize:                                              # a part of the runs is probed as there
+        return fit(sets, True, generalize.epochs_for(len(sets['train'][1])) if run.c.label_fraction < 1 else 0), {}
     windows = run.windows['train']
     if args.fractions == 'runs':
         runs, order = windows[:, 0], run.splits['train'].labelled(1.0, run.c.seed)

@@ -73,6 +73,11 @@ def mean_errors(estimates, targets):
     return {p: (e - targets).pow(2).mean().item() for p, e in estimates.items()}
 
 
+def epochs_for(windows):
+    """Epochs of the attentive probe on a part of the training windows: STEPS steps, at least."""
+    return math.ceil(STEPS / math.ceil(windows / probe.BATCH))
+
+
 def measure(sets, fit, runs, order, scored, folder, trained):
     """({probe: estimates (n, L) of the scored split}, what eval.json says of `generalization`).
 
@@ -103,8 +108,7 @@ def labels(clean, fit, order, runs, folder, trained):
         taken = order[:max(1, round(fraction * len(order)))]
         index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)) if runs is not None else np.sort(taken))
         part = {**clean, 'train': kept(clean['train'], index, folder)}
-        epochs = math.ceil(STEPS / math.ceil(len(index) / probe.BATCH))
-        found[f'{fraction:g}'] = mean_errors(fit(part, trained, epochs), clean['scored'][1])
+        found[f'{fraction:g}'] = mean_errors(fit(part, trained, epochs_for(len(index))), clean['scored'][1])
     return found
 
 

@@ -283,6 +283,15 @@ def test_fractions_are_of_runs_or_of_windows(trained, monkeypatch, capsys):
         assert left.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_few_windows_are_probed_in_as_many_steps_by_whatever_encoder(trained):
+    """As --generalize does for a share: 130 windows are three batches, and 300 steps 100 epochs."""
+    run, sets = evaluation.Run(trained, evaluation.Settings(stride=16)), {'train': (None, range(130))}
+    asked = lambda: evaluation.row_of(run, evaluation.Settings(), sets, lambda *given: given, True)[0][1:]
+    assert asked() == (True, 0)                                          # as many epochs as --epochs says
+    run.c.label_fraction = 0.5
+    assert asked() == (True, 100)
+
+
 def test_an_encoder_trained_with_few_labels(well, tmp_path, monkeypatch):
     """It sees the windows of these runs and no others; nor do the probes that read from it."""
     monkeypatch.chdir(tmp_path)
