@@ -58,17 +58,17 @@ def numbers(axis, low, high):
     axis.set_minor_formatter('')
 
 
-def error_axis(ax, values):
-    """A log y axis for errors under the attentive probe, all of which are in `values`."""
+def error_axis(ax, values, p='attentive'):
+    """A log y axis for errors under a probe, all of which are in `values`."""
     low, high = min(values) / 1.6, max(values) * 1.6
-    ax.set(yscale='log', ylabel=f'{ERROR},\nattentive probe', ylim=(low, high))
+    ax.set(yscale='log', ylabel=f'{ERROR},\n{p} probe', ylim=(low, high))
     numbers(ax.yaxis, low, high)
 
 
-def common_legend(figure, axes):
+def common_legend(figure, axes, columns):
     """One legend for all panels, below them: each name once."""
     keys = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
-    figure.legend(keys.values(), keys, loc='outside lower center', ncols=min(1 + len(axes), len(keys)))
+    figure.legend(keys.values(), keys, loc='outside lower center', ncols=min(1 + columns, len(keys)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,40 +113,37 @@ def targets(figure, found):
                   loc='outside lower center', ncols=4)
 
 
-def curves_of(curves):
-    """{title: {fraction: errors of the seeds}}, of what report.label_curves gives: of each row one probe.
-
-    The attentive one, that encoders before training were not measured with; for what is no encoder, the linear one.
-    """
-    return {title: by for (title, p), by in curves.items() if p == ('linear' if title in SHARED else 'attentive')}
-
-
 def labels(figure, found):
     """Error by the share of the training runs whose labels the probe had: means over seeds, and how these spread.
 
-    found: {system: {title: {fraction: errors of the seeds}}}. Bands are a standard deviation wide, of the logarithm: on
-    this axis, that of the errors would often reach down to nothing. Dashed: the encoder saw these labels, and no more.
+    found: {system: what report.label_curves gives}. A row for each of two probes; what is no encoder has one, and is in
+    both. Bands are a standard deviation wide, of the logarithm: on this axis, that of the errors would often reach down
+    to nothing. Dashed: the encoder saw these labels, and no more.
     """
-    axes, means = figure.subplots(1, len(found), sharey=True, squeeze=False)[0], [1]
-    for ax, (system, curves) in zip(axes, found.items()):
-        for title, by in curves.items():
+    axes, means = figure.subplots(2, len(found), sharex='col', sharey=True, squeeze=False), [1]
+    for ax, (p, (system, curves)) in zip(axes.flat, itertools.product(('attentive', 'linear'), found.items())):
+        for title, by in ((title, by) for (title, of), by in curves.items()
+                          if of == ('linear' if title in SHARED else p)):
             mean = np.array([np.mean(by[share]) for share in sorted(by)])
             spread = np.exp([np.std(np.log(by[share]), ddof=len(by[share]) > 1) for share in sorted(by)])
-            look = style(title) | line_of(title)
-            ax.plot(sorted(by), mean, ms=5, lw=1.6, label=title + ' (linear)' * (title in SHARED), **look)
+            look = {'ms': 5, 'lw': 1.6} | style(title) | line_of(title)
+            ax.plot(sorted(by), mean, label=title + ' (linear)' * (title in SHARED), **look)
             ax.fill_between(sorted(by), mean / spread, mean * spread, color=look['color'], alpha=0.15, lw=0)
             means += list(mean)
         ax.axhline(1, color='#444444', lw=0.8, ls='--', label='guessing the mean')
         shares = sorted({share for by in curves.values() for share in by})
-        ax.set(title=people(system), xlabel='training runs with labels', xscale='log')
+        ax.set(xscale='log', **({'title': people(system)} if p == 'attentive' else {'xlabel': 'training runs with labels'}))
         ax.set_xticks(shares, [f'{share:.0%}' for share in shares])
         ax.set_xticks([], minor=True)
-    error_axis(axes[0], means)
-    common_legend(figure, axes)
+    for ax, p in zip(axes[:, 0], ('attentive', 'linear')):
+        error_axis(ax, means, p)
+    common_legend(figure, axes.flat, len(found))
 
 
 def line_of(title):
-    """How the line of a row is drawn: dashed and hollow for an encoder that has seen labels, dotted without one."""
+    """How the line of a row is drawn: hollow and dashed for an encoder that has seen labels, dotted without one."""
+    if 'random init' in title:
+        return {'ls': (0, (1, 3)), 'ms': 3, 'lw': 1}
     return {'ls': '--', 'mfc': 'white'} if 'supervised' in title else {'ls': ':' if title in SHARED else '-'}
 
 
@@ -180,7 +177,7 @@ def cost(figure, found, paid):
     axes[0].set_xlim(min(spent) / 2, max(spent) * 2)
     numbers(axes[0].xaxis, *axes[0].get_xlim())
     error_axis(axes[0], values)
-    common_legend(figure, axes)
+    common_legend(figure, axes, len(found))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,9 +240,9 @@ def draw_targets(args, folder):
 
 
 def draw_labels(args, folder):
-    found = {system: curves_of(label_curves(system, folder)) for system in system_names()}
+    found = {system: label_curves(system, folder) for system in system_names()}
     found = {system: curves if any(len(by) > 1 for by in curves.values()) else {} for system, curves in found.items()}
-    return panels(labels, found, 'no errors by share of labels: python benchmark.py paper-tables fewer-labels')
+    return panels(labels, found, 'no errors by share of labels: python benchmark.py paper-tables fewer-labels', 7.2)
 
 
 def draw_cost(args, folder):
@@ -254,12 +251,12 @@ def draw_cost(args, folder):
     return panels(lambda figure, found: cost(figure, found, paid), found, 'no costs: python benchmark.py paper-tables')
 
 
-def panels(draw, found, why):
-    """(figure, systems that are not in it) of one panel for each system of which something was found."""
+def panels(draw, found, why, height=4.4):
+    """(figure, systems that are not in it) of a column for each system of which something was found."""
     shown = {system: rows for system, rows in found.items() if rows}
     if not shown:
         raise ValueError(why)
-    draw(figure := canvas(max(5.6, 1.2 + 3.2 * len(shown)), 4.4), shown)
+    draw(figure := canvas(max(5.6, 1.2 + 3.2 * len(shown)), height), shown)
     return figure, [people(system) for system in found if system not in shown]
 
 

@@ -223,7 +223,10 @@ def table_one(preset, folder, probes=PROBES):
 
 
 def label_curves(system, folder, preset='nano'):
-    """{(title, probe): {fraction: errors of the seeds}} of generalize.py, and of what was trained with fewer labels."""
+    """{(title, probe): {fraction: errors of the seeds}} of generalize.py, and of what was trained with fewer labels.
+
+    Where that was measured, there are the attentive probe's errors of the same random weights as well.
+    """
     curves = defaultdict(lambda: defaultdict(list))
     rows = of_paper(preset, folder).get(system, {})
     for title in ordered({system: rows}):
@@ -241,9 +244,15 @@ def label_curves(system, folder, preset='nano'):
             r = json.loads(file.read_text())
             same = same or r
             check_alike(r, same, same, file)
+            before = f'{r["row"].partition(",")[0]}: random init'
+            curves[before, 'attentive'][fraction].append(r['rows']['random init']['attentive']['mean'])
             for p in PROBES:
                 curves[f'{r["row"]}, from scratch', p][fraction].append(r['rows'][r['row']][p]['mean'])
-    return curves
+    for (title, p), by in curves.items():
+        if 'random init' in title and p == 'attentive' and title in rows:
+            by[1.0] = [errors[p]['mean'] for errors, _, _ in rows[title]]
+    return {(title, p): curves[title, p] for title in ordered({system: [t for t, _ in curves]}) for p in PROBES
+            if (title, p) in curves}
 
 
 def labels_table(system, folder, preset='nano'):

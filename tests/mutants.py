@@ -110,7 +110,7 @@ MUTANTS = [                                                              # file,
     ('figures.py', 'y, seeds = i + ', 'y, seeds = len(rows) + ', 'tests/test_figures.py'),
     ('figures.py', 'ddof=len(by[share]) > 1', 'ddof=0', 'tests/test_figures.py'),
     ('figures.py', "what['gflop'] * what['windows']", "what['gflop']", 'tests/test_figures.py'),
-    ('figures.py', "'linear' if title in SHARED else 'attentive'", "'linear'", 'tests/test_figures.py'),
+    ('figures.py', "of == ('linear' if title in SHARED else p)", "of == 'linear'", 'tests/test_figures.py'),
     ('plot.py', 'if pair in found]', ']', 'tests/test_figures.py'),
     ('videomae.py', 'rank * batch:(rank + 1) * batch', ':batch', 'tests/test_videomae.py -k ranks'),
     # data

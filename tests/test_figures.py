@@ -49,16 +49,21 @@ def lines_of(ax):
 
 
 def test_the_curves_are_those_of_the_table(folder):
-    """Encoders' under the attentive probe, the statistics' under the linear one; bands of one std of the logarithm."""
+    """A row for each probe, the statistics' linear one in both; bands of one std of the logarithm."""
     figure, absent = figures.draw_labels(None, folder)
-    assert absent == ['rayleigh benard'] and [ax.get_title() for ax in figure.axes] == ['active matter', 'shear flow']
-    for ax, system in zip(figure.axes, ('active_matter', 'shear_flow')):
+    both, untrained = ['field statistics (linear)', 'guessing the mean'], ['DISCO: random init']
+    titles = {('active_matter', 'attentive'): ['JEPA', 'DISCO'],
+              ('shear_flow', 'attentive'): ['DISCO', 'JEPA, supervised, from scratch', 'JEPA: random init'],
+              ('active_matter', 'linear'): ['JEPA', 'DISCO', 'JEPA: random init', *untrained],
+              ('shear_flow', 'linear'): ['DISCO', 'JEPA, supervised, from scratch', 'JEPA: random init', *untrained]}
+    assert absent == ['rayleigh benard'] and len(figure.axes) == len(titles)
+    for ax, ((system, p), own) in zip(figure.axes, titles.items()):
+        assert ax.get_title() == system.replace('_', ' ') * (p == 'attentive')
+        assert p in ax.get_ylabel() or system == 'shear_flow'
         curves, lines = report.label_curves(system, folder), lines_of(ax)
-        titles = {'active_matter': ['JEPA', 'DISCO', 'field statistics (linear)', 'guessing the mean'], 'shear_flow': [
-            'DISCO', 'JEPA, supervised, from scratch', 'field statistics (linear)', 'guessing the mean']}[system]
-        assert sorted(lines) == sorted(titles)
-        for title in titles[:-1]:
-            by = curves[title.removesuffix(' (linear)'), 'linear' if '(' in title else 'attentive']
+        assert sorted(lines) == sorted(own + both)
+        for title in own + both[:1]:
+            by = curves[title.removesuffix(' (linear)'), 'linear' if '(' in title else p]
             x, y = lines[title].get_data()
             assert list(x) == sorted(by) and list(y) == pytest.approx([np.mean(by[share]) for share in sorted(by)])
     band = figure.axes[0].collections[0].get_paths()[0].vertices         # JEPA: 0.1 and 0.2, a factor of 2 apart

@@ -264,14 +264,17 @@ def test_curves_of_labels(tmp_path):
                                               'JEPA, supervised, from scratch'}
     assert curves['JEPA', 'attentive'] == {0.1: pytest.approx([0.3, 0.32]), 1.0: [0.2, 0.22]}
     assert curves['JEPA: random init', 'linear'][0.1] == [1.0, 1.0]
-    assert ('JEPA: random init', 'attentive') not in curves and ('field statistics', 'knn') not in curves
+    assert curves['JEPA: random init', 'attentive'] == {0.01: [0.9], 0.1: [0.9] * 2, 1.0: [0.9] * 2}
+    assert ('field statistics', 'knn') not in curves
     for p in tables.PROBES:
         assert curves['JEPA, supervised, from scratch', p] == {1.0: [0.1, 0.1], 0.01: [0.95], 0.1: [0.6, 0.7]}
     head, rows = cells_of(report.labels_table('shear_flow', tmp_path))
     assert head == ['shear_flow', 'probe', '1%', '10%', '100%']
     assert ['JEPA', 'attentive', '-', '0.310 ± 0.014', '0.210 ± 0.014'] in rows
     assert ['JEPA, supervised, from scratch', 'linear', '0.950', '0.650 ± 0.071', '0.100 ± 0.000'] in rows
-    assert not any(row[1] == 'knn' for row in rows) and len(rows) == 6
+    assert [row[:2] for row in rows] == [[title, p] for title in (
+        'JEPA', 'JEPA, supervised, from scratch', 'JEPA: random init') for p in ('attentive', 'linear')] + [
+        ['field statistics', 'linear']]
 
 
 def test_how_far_an_encoder_carries(tmp_path):
