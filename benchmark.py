@@ -293,7 +293,7 @@ def main(argv=None):
         return
     failed = make_all([cell for cell, _, _ in todo], jobs, gpus)
     try:
-        print(report.paper_tables(args.preset, Path(args.results)))
+        print(report.tables_of(names, args.preset, Path(args.results)))
         if Path(args.results).resolve() == HERE / 'results':
             report.write_pages(HERE / 'results')
     except ValueError as e:                                              # a row of which a part is stale, perhaps

@@ -29,7 +29,7 @@ import numpy as np
 
 import model as models
 from config import MAY_CHANGE
-from rows import EXPERIMENT, FEWER, PAPER_TABLES
+from rows import EXPERIMENT, FEWER, GROUPS, PAPER_TABLES
 from systems import system_names
 from tables import PROBES, SHARED, interval, number
 
@@ -325,6 +325,16 @@ def paper_tables(preset, folder):
     each = [table(system, folder, preset) for system in of_paper(preset, folder)
             for table in (labels_table, carried_table)]
     return '\n\n'.join([table_one(preset, folder), cost_table(folder, preset), *each])
+
+
+def tables_of(names, preset, folder):
+    """Markdown of what benchmark.py was asked for: parts of rows.GROUPS (none: all of them), rows and cells."""
+    parts = GROUPS[preset]
+    asked = list(names) or list(parts)
+    tables = [paper_tables(preset, folder)] if {'paper-tables', 'fewer-labels'} & {*asked} else []
+    tables += [side_by_side(folder)] if 'latents-or-pixels' in asked else []
+    own = [row for name in asked if name not in parts or name == 'longest' for row in parts.get(name, [name])]
+    return '\n\n'.join(tables + [summary([row], folder) for row in own])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import report
 from benchmark import Cell, Settings
 from helpers import HERE
 from rows import GROUPS, ROWS, SCORED
+from systems import system_names
 from test_report import result
 
 
@@ -125,6 +126,25 @@ WHOLE = ['simulate.py', 'train.py', 'eval.py']
 
 # ---------------------------------------------------------------------------------------------
 # a cell
+
+@pytest.mark.parametrize('names, heads', [
+    ([f'{ROW}-seed0', TUNED], ['shear_flow | seeds', 'active_matter | seeds']),
+    (['fewer-labels'], [' | active_matter: the paper', ' | parameters of the encoder']),
+    (['latents-or-pixels', ROW], [' | active_matter: attentive', 'shear_flow | seeds']),
+    ([], [' | active_matter: the paper', ' | parameters of the encoder', ' | active_matter: attentive',
+          *(f'{system} | seeds' for system in system_names() for _ in range(2))])])
+def test_it_ends_in_the_tables_that_were_asked_for(ran, monkeypatch, capsys, names, heads):
+    monkeypatch.setattr(report, 'labels_table', lambda *_: '')
+    monkeypatch.setattr(report, 'carried_table', lambda *_: '')
+    for name in (f'{system}-{row}-seed0' for system in system_names() for row in (
+            'jepa-nano-vicreg', 'jepa-nano', 'jepa-nano-supervised', 'mpp-nano')):
+        put(name)
+    monkeypatch.setattr(benchmark, 'make_all', lambda *_: {})
+    benchmark.main([*names, '--seeds', '1'])
+    lines = capsys.readouterr().out.splitlines()
+    tables = [above for above, line in zip(lines, lines[1:]) if line.startswith('|---')]
+    assert len(tables) == len(heads) and all(table.startswith(f'| {head}') for table, head in zip(tables, heads))
+
 
 def test_a_row_is_made_seed_by_seed(ran):
     """Simulated, trained and scored with a seed of its own, and copied; what is there is not made again."""
