@@ -261,10 +261,13 @@ class Timed:
             self.seconds += time.perf_counter() - start
 
 
-@torch.compiler.disable                                                  # which knows nothing of pinned memory
 def sent(x, device):
     """A CPU tensor on a device, which nobody waits for."""
-    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
+    if torch.device(device).type == 'cuda':
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()                                  # it cannot trace pinned memory
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def on_gpu(batches):

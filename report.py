@@ -328,12 +328,14 @@ def paper_tables(preset, folder):
 
 
 def tables_of(names, preset, folder):
-    """Markdown of what benchmark.py was asked for: parts of rows.GROUPS (none: all of them), rows and cells."""
+    """Markdown of what benchmark.py was asked for, parts of rows.GROUPS (none: all of them), rows and cells, as far as
+    there are results."""
     parts = GROUPS[preset]
     asked = list(names) or list(parts)
     tables = [paper_tables(preset, folder)] if {'paper-tables', 'fewer-labels'} & {*asked} else []
     tables += [side_by_side(folder)] if 'latents-or-pixels' in asked else []
-    own = [row for name in asked if name not in parts or name == 'longest' for row in parts.get(name, [name])]
+    own = [row for name in asked if name not in parts or name == 'longest' for row in parts.get(name, [name])
+           if any(folder.glob(f'{row}-seed[0-9]*.json')) or (folder / f'{row}.json').exists()]
     return '\n\n'.join(tables + [summary([row], folder) for row in own])
 
 

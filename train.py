@@ -332,6 +332,7 @@ def train(c, module, options):
     say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '
         f'Next: python eval.py {out}')
     if WORLD > 1:
+        del forward                      # first, or its end may wait for gloo's thread, which waits for Python's lock
         dist.destroy_process_group()
 
 

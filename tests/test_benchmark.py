@@ -395,7 +395,7 @@ def test_two_jobs_make_all_cells(ran, capsys, monkeypatch):
         log = Path(f'rows/{ROW}-seed{k}.log').read_text()
         assert log.count('$ python ') == (2 if k == 1 else 3) and f'data/seed{k}' in log and 'data/seed4' not in log
     assert '4 of 4, about 0.0 hours to go' in said.out and 'attentive 0.200, linear 0.200, knn 0.200' in said.out
-    assert '| active_matter: ' not in said.out and '| predict the mean |' in said.out
+    assert '| active_matter: ' not in said.out and '| shear_flow | seeds |' in said.out
     written = []
     monkeypatch.setattr(report, 'write_pages', written.append)
     monkeypatch.setattr(benchmark, 'HERE', Path.cwd())

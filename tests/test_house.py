@@ -177,3 +177,8 @@ def test_the_least_model_is_enough(well, tmp_path, monkeypatch):
     shutil.copy(tmp_path / 'odd.py', tmp_path / 'baselines')
     with pytest.raises(ValueError, match='two files'):
         model.find_model('odd')
+
+
+def test_a_script_starts_without_the_compiler():
+    """Importing it takes three seconds."""
+    run(['-c', 'import sys, train, eval, benchmark; assert "torch._dynamo" not in sys.modules'], cwd=HERE)
