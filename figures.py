@@ -120,10 +120,11 @@ def labels(figure, found):
     both. Bands are a standard deviation wide, of the logarithm: on this axis, that of the errors would often reach down
     to nothing. Dashed: the encoder saw these labels, and no more.
     """
-    axes, means = figure.subplots(2, len(found), sharex='col', sharey=True, squeeze=False), [1]
-    for ax, (p, (system, curves)) in zip(axes.flat, itertools.product(('attentive', 'linear'), found.items())):
-        for title, by in ((title, by) for (title, of), by in curves.items()
-                          if of == ('linear' if title in SHARED else p)):
+    probes, means = ('attentive', 'linear'), [1]
+    axes = figure.subplots(2, len(found), sharex='col', sharey=True, squeeze=False)
+    for ax, (p, curves) in zip(axes.flat, itertools.product(probes, found.values())):
+        own = {title: by for (title, of), by in curves.items() if of == ('linear' if title in SHARED else p)}
+        for title, by in own.items():
             mean = np.array([np.mean(by[share]) for share in sorted(by)])
             spread = np.exp([np.std(np.log(by[share]), ddof=len(by[share]) > 1) for share in sorted(by)])
             look = {'ms': 5, 'lw': 1.6} | style(title) | line_of(title)
@@ -132,10 +133,13 @@ def labels(figure, found):
             means += list(mean)
         ax.axhline(1, color='#444444', lw=0.8, ls='--', label='guessing the mean')
         shares = sorted({share for by in curves.values() for share in by})
-        ax.set(xscale='log', **({'title': people(system)} if p == 'attentive' else {'xlabel': 'training runs with labels'}))
+        ax.set_xscale('log')
         ax.set_xticks(shares, [f'{share:.0%}' for share in shares])
         ax.set_xticks([], minor=True)
-    for ax, p in zip(axes[:, 0], ('attentive', 'linear')):
+    for top, bottom, system in zip(*axes, found):
+        top.set_title(people(system))
+        bottom.set_xlabel('training runs with labels')
+    for ax, p in zip(axes[:, 0], probes):
         error_axis(ax, means, p)
     common_legend(figure, axes.flat, len(found))
 

@@ -45,6 +45,11 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # over seeds
 
+def result_files(name, folder):
+    """The results of all seeds of a row SYSTEM-ROW, or of one cell, SYSTEM-ROW-seedN."""
+    return sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
+
+
 def collect(names, folder, variants=True):
     """({title: [(errors, errors by run, of the run) of each seed]}, an eval.json) of the files of all names.
 
@@ -53,7 +58,7 @@ def collect(names, folder, variants=True):
     """
     rows, first = defaultdict(dict), None                                # by title, then by seeds
     for name in names:
-        files = sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
+        files = result_files(name, folder)
         if not files:
             raise ValueError(f'no {folder}/{name}-seed*.json')
         same, variant = None, re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-') * variants
@@ -156,10 +161,9 @@ def ordered(found, marks=(', fine-tuned', 'supervised', 'random init', 'field st
 
 def of_experiment(folder):
     """{system: what `collect` gives first}, of the rows of "latents or pixels" of which there are results."""
-    there = {re.sub('-seed[0-9]+$', '', file.stem) for file in folder.glob('*-seed*.json')}
     names = defaultdict(list)
     for name in EXPERIMENT:
-        if name in there:
+        if result_files(name, folder):
             names[name.partition('-')[0]].append(name)
     return {system: collect(own, folder)[0] for system, own in names.items()}
 
@@ -195,7 +199,7 @@ def of_paper(preset, folder):
     found = {}
     for system in system_names():
         names = [f'{system}-{row}' for row in PAPER_TABLES[preset]]
-        names = [name for name in names if any(folder.glob(f'{name}-seed[0-9]*.json'))]
+        names = [name for name in names if result_files(name, folder)]
         if names:
             found[system] = collect(names, folder, variants=False)[0]
     return found
@@ -240,7 +244,7 @@ def label_curves(system, folder, preset='nano'):
                     curves[f'{title}, from scratch', p][1.0].append(errors[p]['mean'])
     for row, fraction in FEWER[preset].items():
         same = None
-        for file in sorted(folder.glob(f'{system}-{row}-seed[0-9]*.json')):
+        for file in result_files(f'{system}-{row}', folder):
             r = json.loads(file.read_text())
             same = same or r
             check_alike(r, same, same, file)
@@ -328,14 +332,16 @@ def paper_tables(preset, folder):
 
 
 def tables_of(names, preset, folder):
-    """Markdown of what benchmark.py was asked for, parts of rows.GROUPS (none: all of them), rows and cells, as far as
-    there are results."""
+    """Markdown of what benchmark.py was asked for: parts of rows.GROUPS (none: all of them), rows, cells.
+
+    Rows and cells without results are left out.
+    """
     parts = GROUPS[preset]
     asked = list(names) or list(parts)
     tables = [paper_tables(preset, folder)] if {'paper-tables', 'fewer-labels'} & {*asked} else []
     tables += [side_by_side(folder)] if 'latents-or-pixels' in asked else []
     own = [row for name in asked if name not in parts or name == 'longest' for row in parts.get(name, [name])
-           if any(folder.glob(f'{row}-seed[0-9]*.json')) or (folder / f'{row}.json').exists()]
+           if result_files(row, folder)]
     return '\n\n'.join(tables + [summary([row], folder) for row in own])
 
 
