@@ -1,87 +1,204 @@
-"""
+r"""
 JEPA for physics: predict the embedding of the next 16 frames from the embedding of these 16.
 
     context (B, C, 16, H, W) --encoder--> z  --predictor--> p   \
                                                                   VICReg(p, z')
     target  (B, C, 16, H, W) --encoder-----------------------> z' /
 
-One encoder (encoders.py: the paper's 3-D ConvNeXt, or a small one) and a small convolutional predictor,
-trained together (arXiv 2603.13227). Nothing is reconstructed: what the loss keeps of the
-fields is what helps to say where the embedding goes next. Module names are the official code's, so
-its checkpoints load as they are. The `nano` preset is for small runs: a small encoder of another
-kind, and as target any other 16 frames of the run. Other ways to keep the embedding from being
-constant: `--loss sigreg`, `--loss infonce`, and `--target ema`, where a slow copy of the encoder
-embeds the target.
+A 3-D ConvNeXt encoder and a small convolutional predictor are trained together (arXiv 2603.13227).
+A constant embedding would be easy to predict. VICReg (vicreg.py) prevents this collapse. Compare it
+with `--loss sigreg`, `--loss infonce` (objectives.py), and `--target ema`, where a slow copy of the
+encoder embeds the target. Module names are the official code's, so its checkpoints load.
 """
 import copy
-import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-import encoders
-from common import at_least, check_state, option, published_state, sent
-from encoders import Block, EncoderOptions, build_encoder, check_encoder
-from ema import check_momentum, move_teacher
-from infonce import infonce_loss_maps
-from sigreg import sigreg_loss_maps
+from common import at_least, check_state, option, published_state
+from objectives import infonce_loss_maps, sigreg_loss_maps
+from variants.small import SmallEncoder
 from vicreg import gather, standardize, vicreg_loss_maps
 
 TITLE = 'JEPA'
-PAPER = {'active_matter': 0.079, 'shear_flow': 0.38, 'rayleigh_benard': 0.13}          # table 1, attentive probe
-ANY_SIZE = True                                                          # a convolution takes whole fields
-TERMS = {'sim': 'invariance', 'std': 'variance', 'cov': 'covariance', 'sigreg': 'normality',
-         'found': 'found'}                                               # what the log's terms are in pictures
-LOSSES = {'vicreg': (vicreg_loss_maps, ('sim_coeff', 'std_coeff', 'cov_coeff', 'chunks')),           # and its options
-          'sigreg': (sigreg_loss_maps, ('sigreg_coeff', 'directions')),
-          'infonce': (infonce_loss_maps, ('temperature',))}
+ANY_SIZE = True             # a convolution takes fields of any size
+WIDTHS = {'convnext': (16, 32, 64, 128, 128), 'statistics': (64, 64, 64, 32)}    # of each encoder
+CHOICES = {'loss': ('vicreg', 'sigreg', 'infonce'), 'loss_rows': ('local', 'global'),
+           'target': ('encoder', 'ema'), 'predictor': ('conv', 'identity')}
+
+
+@dataclass
+class EncoderOptions:
+    """The defaults are the paper's."""
+    encoder: str = option('convnext', "convnext, the paper's; statistics, of variants/small.py")
+    widths: tuple = option(WIDTHS['convnext'], "of convnext's stages, or of statistics' layers")
+    blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks in each stage of convnext')
+    rate: float = option(8.0, 'statistics multiplies differences between frames by it')
+    layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
 
 
 @dataclass
 class Options(EncoderOptions):
-    """The defaults are the paper's."""
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
-    loss: str = option('vicreg', 'loss of predicted and actual embedding: ' + ', '.join(LOSSES))
+    loss: str = option('vicreg', 'of predicted and actual embedding: vicreg, sigreg, infonce')
     sim_coeff: float = option(2.0, "weight of vicreg's invariance term")
     std_coeff: float = option(40.0, "weight of vicreg's variance term")
     cov_coeff: float = option(2.0, "weight of vicreg's covariance term")
-    chunks: int = option(5, 'random chunks the rows of a batch are cut into for vicreg')
-    sigreg_coeff: float = option(0.05, "share of sigreg's normality term; the rest is the invariance")
+    chunks: int = option(5, 'vicreg cuts the rows of a batch into so many random chunks')
+    sigreg_coeff: float = option(0.05, "share of sigreg's normality term; the rest is invariance")
     directions: int = option(1024, 'random directions along which sigreg looks')
     temperature: float = option(0.5, 'temperature of --loss infonce')
-    loss_rows: str = option('local', 'what the loss sees together: local, the windows of one process; global, of all')
-    standardize: bool = option(False, 'z-score the embeddings before the loss, which settles its variance term')
-    target: str = option('encoder', "what embeds the target: encoder, the context's own; ema, its slowly moving "
-                                    'average, without gradient')
-    momentum: tuple = option((0.996, 1.0), "momentum of --target ema's average, at the start and, linearly, at the end")
+    loss_rows: str = option('local', 'the loss sees windows of one process: local; of all: global')
+    standardize: bool = option(False, 'z-score the embeddings before the loss')
+    target: str = option('encoder', 'what embeds the target: encoder; ema, its moving average')
+    momentum: tuple = option((0.996, 1.0), 'of this average, at the start and the end of the run')
+    predictor: str = option('conv', "conv, the paper's; identity, none: to see what it is for")
 
 
-PRESETS = {'paper': {}, 'nano': encoders.NANO | dict(
-               views='other-time', loss_rows='global', residual=True, sim_coeff=10.0, cov_coeff=4.0, chunks=1,
-               standardize=True, lr=3e-3),
-           ('nano', 'shear_flow'): encoders.NANO_FLUIDS, ('nano', 'rayleigh_benard'): encoders.NANO_FLUIDS}
+PRESETS = {
+    'paper': {},
+    # for minutes on a laptop; the target, any other 16 frames, shares only the run's physics
+    'nano': dict(encoder='statistics', widths=WIDTHS['statistics'], layer_scale=1.0,
+                 views='other-time', loss_rows='global', residual=True, sim_coeff=10.0,
+                 cov_coeff=4.0, chunks=1, standardize=True, lr=3e-3),
+    # the frames of the fluids differ less from each other
+    ('nano', 'shear_flow'): dict(rate=32.0), ('nano', 'rayleigh_benard'): dict(rate=32.0),
+}
 
 
-def check(options, height, width):
-    """Raise ValueError if the options, or fields of this size, will not do."""
-    check_encoder(options, height, width)
+def check(options, inputs):
+    """Raise ValueError if the options do not fit together, or not the fields of inputs.size."""
+    check_encoder(options, inputs.size)
+    for name, words in CHOICES.items():
+        if getattr(options, name) not in words:
+            flag = '--' + name.replace('_', '-')
+            raise ValueError(f'{flag} is {" or ".join(words)}, not {getattr(options, name)!r}')
+
     at_least(options, 1, 'chunks', 'directions')
     if not 0 <= options.sigreg_coeff <= 1:
         raise ValueError(f'--sigreg-coeff is a share, from 0 to 1, not {options.sigreg_coeff}')
-    if options.loss not in LOSSES:
-        raise ValueError(f'--loss is {", ".join(LOSSES)}, not {options.loss!r}')
-    if options.loss_rows not in ('local', 'global'):
-        raise ValueError(f'--loss-rows is local or global, not {options.loss_rows!r}')
     if options.temperature <= 0:
         raise ValueError(f'--temperature must be more than 0, not {options.temperature}')
-    if options.target not in ('encoder', 'ema'):
-        raise ValueError(f'--target is encoder or ema, not {options.target!r}')
     check_momentum(options.momentum)
 
 
+def check_encoder(options, size):
+    """Raise ValueError if EncoderOptions do not fit together, or not fields of size (H, W)."""
+    if options.encoder not in WIDTHS:
+        raise ValueError(f'--encoder is {" or ".join(WIDTHS)}, not {options.encoder!r}')
+    defaults = WIDTHS[options.encoder]
+    if len(options.widths) != len(defaults):
+        raise ValueError(f'the {options.encoder} encoder takes {len(defaults)} --widths: '
+                         f'{",".join(map(str, defaults))} are its defaults')
+    if options.encoder == 'convnext' and len(options.blocks) != 5:
+        raise ValueError('the convnext encoder has 5 stages: give as many --blocks')
+
+    # the attentive probe has eight heads, and the encoder halves H and W four times
+    whole = all(isinstance(n, int) for n in options.widths + options.blocks)
+    if not whole or min(options.widths) < 1 or min(options.blocks) < 0:
+        raise ValueError('--widths are whole numbers, at least 1, and --blocks, at least 0')
+    if options.widths[-1] % 8:
+        raise ValueError(f'the probes need a last width divisible by 8, not {options.widths[-1]}')
+    if size[0] % 16 or size[1] % 16:
+        raise ValueError(f'the encoder needs sides divisible by 16, not {size[0]} x {size[1]}: '
+                         f'choose another --resolution or --crop')
+
+
 def build(options, inputs):
-    return JEPA(len(inputs.channels), paired=inputs.paired, **vars(options))
+    return JEPA(len(inputs.channels), inputs.paired, **vars(options))
+
+
+def build_encoder(channels, options):
+    """The encoder that EncoderOptions ask for, for fields of so many channels."""
+    if options.encoder == 'statistics':
+        return SmallEncoder(channels, options.widths, options.rate)
+    return Encoder(channels, options.widths, options.blocks, options.layer_scale)
+
+
+class DepthwiseConv3d(nn.Conv3d):
+    """Depthwise 7x7x7 convolution, 'same' padding, (B, C, T, H, W) -> same shape."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
+
+    def forward(self, x):
+        B, C, T, H, W = x.shape
+        # a kernel for each pair of frames: W[t_out, t_in] = w[t_in - t_out + 3], zero outside 0..6
+        w = F.pad(self.weight[:, 0], (0, 0, 0, 0, T - 4, T - 4))         # (C, 2T-1, 7, 7)
+        w = torch.stack([w[:, T - 1 - t:2 * T - 1 - t] for t in range(T)], 1)     # (C, T, T, 7, 7)
+
+        # one 2-D convolution of C * T channels: its backward pass is faster (docs/speed.md)
+        bias = self.bias.repeat_interleave(T)
+        x = F.conv2d(x.flatten(1, 2), w.flatten(0, 1), bias, padding=3, groups=C)
+        return x.view(B, C, T, H, W)
+
+
+class Stem(nn.Conv3d):
+    """Per-frame 4x4 convolution, 'same' size, in channels-last memory, which later layers keep."""
+
+    def forward(self, x):                                                # (B, C, T, H, W)
+        B, T = x.shape[0], x.shape[2]
+        x = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(F.pad(x, (1, 2, 1, 2)), self.weight[:, :, 0], self.bias)
+        return x.unflatten(0, (B, T)).transpose(1, 2)                    # (B, dim, T, H, W)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, T, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Block(nn.Module):
+    """ConvNeXt block, in 3-D or 2-D: a convolution mixes neighbours, an MLP channels; residual."""
+
+    def __init__(self, dim, dims=3, layer_scale=1e-6):
+        super().__init__()
+        self.conv = (DepthwiseConv3d(dim) if dims == 3 else
+                     nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+
+    def forward(self, x):                                                # (B, C, ...)
+        y = self.conv(x).movedim(1, -1)                                  # (B, ..., C)
+        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
+        return x + (self.gamma * y).movedim(-1, 1)                       # (B, C, ...)
+
+
+class Encoder(nn.Module):
+    """3-D ConvNeXt (Liu et al., CVPR 2022): (B, C, 16, H, W) -> (B, widths[-1], H/16, W/16)."""
+
+    def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3),
+                 layer_scale=1e-6):
+        super().__init__()
+        self.dim = widths[-1]
+
+        # before the first stage a stem; before the others T, H and W are halved
+        stem = nn.Sequential(Stem(channels, widths[0], (1, 4, 4)), ChannelNorm(widths[0], eps=1e-6))
+        halvings = [nn.Sequential(ChannelNorm(a, eps=1e-6), nn.Conv3d(a, b, 2, stride=2))
+                    for a, b in zip(widths, widths[1:])]
+        self.downsample_layers = nn.ModuleList([stem, *halvings])
+
+        # stages of residual blocks; at the last T is 1, so it is 2-D
+        dims = [3] * (len(widths) - 1) + [2]
+        self.res_blocks = nn.ModuleList(
+            nn.Sequential(*[Block(width, d, layer_scale) for _ in range(n)])
+            for width, d, n in zip(widths, dims, blocks))
+
+    def forward(self, x):
+        T, H, W = x.shape[2:]
+        if T != 16 or H % 16 or W % 16:
+            raise ValueError(f'the encoder halves time and space four times: it needs 16 frames '
+                             f'and sides divisible by 16, not {T} frames of {H} x {W}')
+
+        for downsample, blocks in zip(self.downsample_layers, self.res_blocks):
+            x = blocks(downsample(x).squeeze(2))         # (B, width, T, H, W), without T if it is 1
+        return x                                         # (B, widths[-1], H/16, W/16)
 
 
 class Predictor(nn.Module):
@@ -101,73 +218,98 @@ class Predictor(nn.Module):
 class JEPA(nn.Module):
     """Encoder, predictor and loss. forward(context, target) -> {'loss', and its terms}.
 
-    context, target: (B, channels, 16, H, W), of one run; the paper's follow each other. `generator` draws what the
-    loss needs and must be in the same state on all ranks. The last target embedding is kept, detached, in
-    `self.embedding` for the log (with a teacher, the last context embedding). The defaults are the paper's. Small
-    runs learn faster with three changes: `standardize` z-scores embeddings and predictions over the batch, which
-    settles the variance term, so that no step is spent on inflating noise to meet it; `residual` predicts the change
-    of the embedding; and `paired=False` says that context and target show different places, whose positions have no
-    partner: they are matched at random. `settings`: of the encoder and of the loss, as in Options.
+    settings: as in Options. Small runs learn faster with `residual` and `standardize`: z-scores
+    meet the variance term at once. paired: do context and target show the same place?
     """
 
-    def __init__(self, channels, loss='vicreg', loss_rows='local', standardize=False, residual=False, paired=True,
-                 target='encoder', momentum=(0.996, 1.0), layer_scale=1e-6, **settings):
-        if unknown := settings.keys() - {f.name for f in fields(Options)}:
-            raise TypeError(f'JEPA has no setting {", ".join(sorted(unknown))}')
+    def __init__(self, channels, paired=True, **settings):
         super().__init__()
-        self.standardize, self.residual, self.paired, self.momentum = standardize, residual, paired, momentum
-        self.gather = gather if loss_rows == 'global' else lambda z: z
-        of_encoder = {f.name: settings[f.name] for f in fields(EncoderOptions) if f.name in settings}
-        self.encoder = build_encoder(channels, layer_scale=layer_scale, **of_encoder)
-        self.predictor = Predictor(self.encoder.dim, layer_scale)
-        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == 'ema' else None
-        function, names = LOSSES[loss]
-        self.loss = functools.partial(function, **{name: settings[name] for name in names if name in settings})
+        o = self.options = Options(**settings)
+        self.paired, self.standardize = paired, o.standardize
+        self.encoder = build_encoder(channels, o)
 
-    def embed_both(self, context, target):
-        """Embeddings (B, D, h, w) of context and target."""
+        # the identity predicts that nothing changes
+        self.predictor, self.residual = nn.Identity(), False
+        if o.predictor == 'conv':
+            self.predictor, self.residual = Predictor(self.encoder.dim, o.layer_scale), o.residual
+
+        # the teacher begins as a copy of the encoder and gets no gradient
+        self.teacher = None
+        if o.target == 'ema':
+            self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, context, target, generator=None):
+        """context, target: (B, channels, 16, H, W). `generator`: in the same state on all ranks."""
+        # embed both; `self.embedding` keeps one for logs
         if self.teacher is None:
             z, z_next = self.encoder(torch.cat([context, target])).chunk(2)
             self.embedding = z_next.detach()
         else:
-            z = self.encoder(context)
+            z = self.encoder(context)                                    # (B, D, h, w)
             self.embedding = z.detach()
             with torch.no_grad():
-                z_next = self.teacher(target)
-        return z, z_next
+                z_next = self.teacher(target)                            # the same
 
-    def forward(self, context, target, generator=None):
-        z, z_next = map(self.gather, self.embed_both(context, target))   # (B or world * B, D, h, w)
+        # the rows of the loss
+        if self.options.loss_rows == 'global':
+            z, z_next = gather(z), gather(z_next)                        # (world * B, D, h, w)
         if self.standardize:
             z, z_next = standardize(z), standardize(z_next)
-        p = self.predictor(z)                                            # the same
+
+        # predict the embedding of the target from that of the context
+        p = self.predictor(z)                                            # (world * B, D, h, w)
         if self.residual:
             p = z + p
         if self.standardize:
             p = standardize(p)
+
+        # at different places, give each position of the context a random one of the target
         if not self.paired:
-            partner = sent(torch.randperm(z[0, 0].numel(), generator=generator), z.device)
+            partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
-        with torch.autocast(p.device.type, enabled=False):               # statistics in full precision
-            return self.loss(p, z_next, generator=generator)
+        with torch.autocast(p.device.type, enabled=False):               # in full precision
+            return self.loss(p, z_next, generator)
+
+    def loss(self, p, z_next, generator):
+        """{'loss', and its terms} of predicted and actual embeddings (B, D, h, w)."""
+        o = self.options
+        if o.loss == 'sigreg':
+            return sigreg_loss_maps(p, z_next, sigreg_coeff=o.sigreg_coeff,
+                                    directions=o.directions, generator=generator)
+        if o.loss == 'infonce':
+            return infonce_loss_maps(p, z_next, temperature=o.temperature)
+        return vicreg_loss_maps(p, z_next, sim_coeff=o.sim_coeff, std_coeff=o.std_coeff,
+                                cov_coeff=o.cov_coeff, chunks=o.chunks, generator=generator)
 
     def after_step(self, progress):
-        """Move the teacher, if there is one."""
+        """Move the teacher, if there is one. progress: share of the run's steps that are done."""
         if self.teacher is not None:
-            move_teacher(self.teacher, self.encoder, self.momentum, progress)
+            move_teacher(self.teacher, self.encoder, self.options.momentum, progress)
 
     def features(self, x):
         """Tokens: (B, channels, 16, H, W) -> (B, N = H/16 * W/16, D)."""
         return self.encoder(x).flatten(2).transpose(1, 2)
 
 
-def load_published(model, path):
-    """Load an official ConvEncoder_*.pth (a bare state dict) into model.encoder, and its teacher, if there is one.
+@torch.no_grad()
+def move_teacher(teacher, encoder, momentum, progress):
+    """A moving average: teacher <- m teacher + (1 - m) encoder (Tarvainen, Valpola 2017)."""
+    start, end = momentum
+    m = start + (end - start) * progress                 # progress goes from 0 to 1 in a run
+    for slow, fast in zip(teacher.parameters(), encoder.parameters()):
+        slow.lerp_(fast, 1 - m)
 
-    Raises ValueError for a file that is cut short, would run code or holds no state dict, and, naming the key,
-    if anything is missing, unknown or of another shape.
-    """
+
+def check_momentum(momentum):
+    """Raise ValueError unless these are two numbers from 0 to 1."""
+    if len(momentum) != 2 or not 0 <= min(momentum) <= max(momentum) <= 1:
+        raise ValueError(f'--momentum is two numbers from 0 to 1, not {momentum}')
+
+
+def load_published(model, path):
+    """Load an official ConvEncoder_*.pth, or raise ValueError and leave the model as it was."""
     state = published_state(path)
     check_state(model.encoder.state_dict(), state, path)
-    for network in filter(None, (model.encoder, model.teacher)):
-        network.load_state_dict(state)
+    model.encoder.load_state_dict(state)
+    if model.teacher is not None:
+        model.teacher.load_state_dict(state)

@@ -5,11 +5,9 @@ What does a frozen embedding know? Three probes read labels from it, from strong
     linear       ridge regression on the mean token
     knn          the mean label of the nearest mean tokens
 
-Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), labels (n, L))}, labels z-scored by the
-training split, fits on train, chooses its one setting on valid (the best epoch, the ridge strength,
-k), and returns its estimates of the labels of the `scored` split, (n, L). The mean squared error of
-predicting the mean is 1. Tokens may be more than memory holds: `room_for` puts them in a file, and
-no probe reads more than PART of them at a time.
+Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), z-scored labels (n, L))}. It fits on
+train, chooses one setting on valid (the best epoch, the ridge's strength, k), and estimates the
+labels of `scored`. `room_for` puts many tokens in a file: probes read PART of them at a time.
 """
 import copy
 import math
@@ -20,10 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IN_MEMORY = 2**30           # bytes of a split's tokens, as float32; what is more goes to a file, as float16
+IN_MEMORY = 2**30           # bytes of a split's tokens as float32; more go to a file, as float16
 BATCH = 64                  # windows in a step of the attentive probe
 PART = 2**28                # bytes of float32 tokens that are worked on at once
-# The paper's code: steps of 256 windows, a cosine without warmup, the error on valid of every epoch. We take the last.
+# as in the paper's code, which shows the error on valid of every epoch; we take the last
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
 
 
@@ -33,7 +31,7 @@ def kept_as(n, N, D):
 
 
 def room_for(n, N, D, folder):
-    """An empty tensor (n, N, D): float32 in memory, or float16 in a file that is gone when the tensor is."""
+    """An empty tensor (n, N, D): float32 in memory, or float16 in a file that goes with it."""
     if kept_as(n, N, D) == torch.float32:
         return torch.empty(n, N, D)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -51,26 +49,22 @@ def mean_tokens(tokens):
 
 
 class AttentiveProbe(nn.Module):
-    """tokens (B, N, D) -> label estimates (B, L). Bardes et al.'s attentive pooler of depth one, as the paper uses it.
-
-    A learned query cross-attends the layer-normed tokens (no projection after the attention, the query
-    itself is not normalised), then an MLP and a linear layer. The MLP's ratio sets the probe's size: the
-    paper takes 12 at width 128 and 0.25 at width 384, so that probes of different encoders match; 0: so here.
-    Dropout is on what the attention gives, inside and after the MLP, and before the linear layer.
-    """
+    """tokens (B, N, D) -> label estimates (B, L): Bardes et al.'s attentive pooler of depth one."""
 
     def __init__(self, dim, labels, mlp_ratio=0.0, heads=8, dropout=0.0):
         super().__init__()
-        mlp_ratio = mlp_ratio or (12.0 if dim <= 128 else 0.25)
+        # 0: the paper's ratio, with which probes of width 128 and 384 have about one size
+        hidden = int(dim * (mlp_ratio or (12.0 if dim <= 128 else 0.25)))
         self.heads, self.drop = heads, nn.Dropout(dropout)
+        # a learned query attends the normed tokens; as in the paper, no projection follows
         self.query = nn.Parameter(torch.empty(1, 1, dim))
         self.norm1 = nn.LayerNorm(dim)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.linear = nn.Linear(dim, labels)
+
+        # the official initial weights
         nn.init.trunc_normal_(self.query, std=0.02)
         for layer in self.q, self.kv, self.fc1, self.fc2:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -78,19 +72,19 @@ class AttentiveProbe(nn.Module):
         self.fc2.weight.data.div_(math.sqrt(2))
 
     def pool(self, tokens):
-        """(B, N, D) -> (B, D).
-
-        There is one query only, so keys and values of all tokens need not exist: q.(W x + b) is (W^T q).x plus a
-        constant that the softmax ignores, and the mean of W x + b is W applied to the mean of x.
-        """
+        """(B, N, D) -> (B, D). With one query, keys and values of all tokens need not exist."""
         B, N, D = tokens.shape
-        per_head = lambda w: w.view(self.heads, D // self.heads, -1)     # (heads, D/heads, D or 1)
-        (key, value), value_bias = map(per_head, self.kv.weight.chunk(2)), per_head(self.kv.bias[D:])
-        query = per_head(self.q(self.query).view(D, 1))                  # (heads, D/heads, 1)
+        size = D // self.heads
+        key, value = self.kv.weight.view(2, self.heads, size, D)         # (heads, size, D) each
+        value_bias = self.kv.bias[D:].view(self.heads, size, 1)
+        query = self.q(self.query).view(self.heads, size, 1)
+
+        # q.(W x + b) is (W^T q).x + constant; the mean of W x + b is W (mean of x) + b
         x = self.norm1(tokens)
-        logits = x @ (key * query).sum(1).T * (D // self.heads)**-0.5    # (B, N, heads)
-        mean = logits.softmax(1).transpose(1, 2) @ x                     # (B, heads, D): what each head attends to
-        attended = value @ mean[..., None] + value_bias                  # (B, heads, D/heads, 1)
+        logits = x @ (key * query).sum(1).T * size**-0.5                 # (B, N, heads)
+        mean = logits.softmax(1).transpose(1, 2) @ x                     # (B, heads, D)
+        attended = value @ mean[..., None] + value_bias                  # (B, heads, size, 1)
+        # the MLP
         x = self.query[:, 0] + self.drop(attended.reshape(B, D))
         return x + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x))))))
 
@@ -98,46 +92,54 @@ class AttentiveProbe(nn.Module):
         return self.linear(self.drop(self.pool(tokens)))
 
 
-def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3, weight_decay=0.01, warmup_epochs=2, dropout=0.0,
-              keep_best=True, scored='test', seed=0, device='cpu', tick=lambda: None):
-    """(estimates (n, L) of an AttentiveProbe, its number of parameters).
-
-    AdamW, linear warmup then cosine to zero; after the epoch that was best on valid, or the last if not `keep_best`.
-    `tick` is called after every epoch.
-    """
+def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3,
+              weight_decay=0.01, warmup_epochs=2, dropout=0.0, keep_best=True,
+              scored='test', seed=0, device='cpu', tick=lambda: None):
+    """(estimates (n, L) of an AttentiveProbe, its parameters' number). `tick`: after each epoch."""
+    # small tokens are on the device all the time
     small = sum(4 * x.numel() for x, _ in splits.values()) <= 3 * IN_MEMORY
-    splits = {name: (x.to(device) if small else x, y.float().to(device)) for name, (x, y) in splits.items()}
+    splits = {name: (x.to(device) if small else x, y.float().to(device))
+              for name, (x, y) in splits.items()}
     tokens, labels = splits['train']
+
+    # the probe and its optimizer: linear warmup, then a cosine to zero
     torch.manual_seed(seed)
-    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio, dropout=dropout).to(device)
+    probe = AttentiveProbe(tokens.shape[-1], labels.shape[-1], mlp_ratio, 8, dropout).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     per_epoch = math.ceil(len(tokens) / batch)
     warmup, total = warmup_epochs * per_epoch, epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup else
-                                                 0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, total - warmup))))
 
-    def estimates(name):
+    def rate(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def estimate(name):
+        probe.eval()
         with torch.no_grad():
-            return torch.cat([probe.eval()(x.to(device).float()) for x in parts(splits[name][0])])
+            return torch.cat([probe(x.to(device).float()) for x in parts(splits[name][0])])
 
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
     best, best_state = math.inf, None
     for _ in range(epochs):
+        # one epoch
         probe.train()
         for index in torch.randperm(len(tokens), generator=generator).split(batch):
-            optimizer.zero_grad()
             x, y = tokens[index.to(tokens.device)].to(device).float(), labels[index.to(device)]
+            optimizer.zero_grad()
             F.mse_loss(probe(x), y).backward()
             optimizer.step()
             schedule.step()
-        now = (estimates('valid') - splits['valid'][1]).pow(2).mean().item()
-        if now < best or not keep_best and math.isfinite(now):
-            best, best_state = now, copy.deepcopy(probe.state_dict())
+        # keep the best weights, or the last
+        error = (estimate('valid') - splits['valid'][1]).pow(2).mean().item()
+        if error < best or not keep_best and math.isfinite(error):
+            best, best_state = error, copy.deepcopy(probe.state_dict())
         tick()
     if best_state is None:
-        raise FloatingPointError('the attentive probe diverged: its error on valid is not a number')
+        raise FloatingPointError('the attentive probe diverged: its error on valid is no number')
     probe.load_state_dict(best_state)
-    return estimates(scored).cpu(), sum(p.numel() for p in probe.parameters())
+    return estimate(scored).cpu(), sum(p.numel() for p in probe.parameters())
 
 
 def standardize(splits):
@@ -148,24 +150,29 @@ def standardize(splits):
 
 
 def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'):
-    """Estimates (n, L) of ridge regression on the mean token; per-row strength of the penalty chosen on valid."""
-    splits = {name: (F.pad(x, (0, 1), value=1.0), y) for name, (x, y) in standardize(splits).items()}    # last: bias
+    """Estimates (n, L) of ridge regression; strength of the penalty, per row, chosen on valid."""
+    splits = {name: (F.pad(x, (0, 1), value=1.0), y)                     # one more, for the bias
+              for name, (x, y) in standardize(splits).items()}
+    # the weights for each strength
     x, y = splits['train']
     gram, moment = x.T @ x / len(x), x.T @ y / len(x)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
     weights = [torch.linalg.solve(gram + s * eye, moment) for s in strengths]
-    best = min(weights, key=lambda w: (splits['valid'][0] @ w - splits['valid'][1]).pow(2).mean())
+    # the best on valid
+    x, y = splits['valid']
+    best = min(weights, key=lambda w: (x @ w - y).pow(2).mean())
     return splits[scored][0] @ best
 
 
 def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100), scored='test'):
-    """Mean labels (n, L) of the k nearest training windows, Euclidean in z-scored mean tokens; k by valid."""
+    """Mean labels (n, L) of the k training windows with the nearest mean tokens; k by valid."""
     splits = standardize(splits)
     x, y = splits['train']
 
-    def estimates(name, ks):
-        nearest = torch.cdist(splits[name][0], x).topk(min(max(ks), len(x)), largest=False).indices      # (n, k)
+    def estimate(name, ks):
+        distance, most = torch.cdist(splits[name][0], x), min(max(ks), len(x))
+        nearest = distance.topk(most, largest=False).indices             # (n, most)
         return [y[nearest[:, :k]].mean(1) for k in ks]
 
-    on_valid = [(e - splits['valid'][1]).pow(2).mean() for e in estimates('valid', ks)]
-    return estimates(scored, [ks[min(range(len(ks)), key=on_valid.__getitem__)]])[0]
+    errors = {k: (e - splits['valid'][1]).pow(2).mean() for k, e in zip(ks, estimate('valid', ks))}
+    return estimate(scored, [min(ks, key=errors.get)])[0]

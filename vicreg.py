@@ -1,8 +1,8 @@
 """
-VICReg: the loss that lets a joint embedding learn without collapsing (Bardes, Ponce, LeCun 2022).
+VICReg: a loss with which a joint embedding learns without collapse (Bardes, Ponce, LeCun 2022).
 
 Two embeddings of the same thing, x (predicted) and y (actual), should agree: the invariance term.
-Alone, it is solved by a constant; so every channel must keep a standard deviation of at least one
+Alone, it is solved by a constant. So every channel must keep a standard deviation of at least one
 (the variance term), and no two channels may say the same (the covariance term):
 
     L = sim * mean (x - y)^2
@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import sent
-
 
 def variance_loss(z):
-    """How far the channels of z (N, D) fall short of standard deviation 1. Variance divides by N."""
+    """How far the channels of z (N, D) fall short of standard deviation 1. Divides by N."""
     std = torch.sqrt(z.var(dim=0, unbiased=False) + 1e-4)                # (D,)
     return F.relu(1 - std).mean() / 2
 
@@ -31,31 +29,43 @@ def covariance_loss(z):
 
 
 def vicreg_loss(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0):
-    """VICReg of one set of rows. x, y: (N, D). Returns {'loss', 'sim', 'std', 'cov'}, scalars.
-
-    Gradients flow into both branches; the default coefficients are the physics paper's
-    (arXiv 2603.13227), lambda = 2, mu = 40, nu = 2.
-    """
+    """VICReg of rows x, y (N, D) -> {'loss', 'sim', 'std', 'cov'}. Defaults: arXiv 2603.13227."""
     sim = F.mse_loss(x, y)
     std = variance_loss(x) + variance_loss(y)
     cov = covariance_loss(x) + covariance_loss(y)
-    return {'loss': sim_coeff * sim + std_coeff * std + cov_coeff * cov, 'sim': sim, 'std': std, 'cov': cov}
+    loss = sim_coeff * sim + std_coeff * std + cov_coeff * cov
+    return {'loss': loss, 'sim': sim, 'std': std, 'cov': cov}
+
+
+def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
+    """VICReg of embedding maps x, y (B, D, H, W), as in the physics paper; terms of `vicreg_loss`.
+
+    Every position of every sample is one row (under DDP `gather` x and y first). `generator`
+    shuffles the rows; None keeps their order. The loss is the mean over `chunks` of them.
+    """
+    x, y = (in_full(z).movedim(1, -1).flatten(0, 2) for z in (x, y))     # (B*H*W, D)
+    if generator is not None:
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        x, y = x[order], y[order]
+
+    # the loss of each chunk, then the mean of each term
+    losses = [vicreg_loss(a, b, sim_coeff, std_coeff, cov_coeff)
+              for a, b in zip(x.chunk(chunks), y.chunk(chunks))]
+    return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
 
 class Gather(torch.autograd.Function):
     """The batches (B, ...) of every rank, in rank order: (world * B, ...).
 
-    Every rank then computes the same loss of the same global batch, so the gradient of the loss by a
-    rank's own part is a slice of a tensor that rank already holds. DDP averages parameter gradients over
-    ranks, while what lies before this function needs their sum: hence the factor `world`. (What lies
-    after it has the same, whole gradient on every rank, and the average leaves that alone.)
+    Every rank computes the loss of the global batch. DDP takes the mean of gradients over ranks.
+    Parameters before this function need the sum: hence the factor `world`. Those after it do not.
     """
 
     @staticmethod
     def forward(ctx, z):
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
+        batches = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(batches, z)
+        return torch.cat(batches)
 
     @staticmethod
     def backward(ctx, grad):
@@ -65,7 +75,9 @@ class Gather(torch.autograd.Function):
 
 def gather(z):
     """z (B, ...) of all ranks, with correct gradients under DDP; z itself in a single process."""
-    return Gather.apply(z.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else z
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return Gather.apply(z.contiguous())
+    return z
 
 
 def standardize(z):
@@ -76,19 +88,3 @@ def standardize(z):
 def in_full(z):
     """z in float32, if autocast has made less of it."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-
-
-def vicreg_loss_maps(x, y, sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, generator=None):
-    """VICReg of embedding maps, as the physics paper runs it. x, y: (B, D, H, W), same terms as `vicreg_loss`.
-
-    Every position of every sample is one row (under DDP: of every rank, so `gather` x and y first); rows
-    are shuffled by `generator` (None keeps their order) and cut into `chunks`, and the loss is the mean
-    over chunks. Statistics are taken in at least float32.
-    """
-    D = x.shape[1]
-    x, y = (in_full(z).movedim(1, -1).reshape(-1, D) for z in (x, y))    # (B*H*W, D)
-    if generator is not None:
-        order = sent(torch.randperm(len(x), generator=generator), x.device)
-        x, y = x[order], y[order]
-    parts = [vicreg_loss(a, b, sim_coeff, std_coeff, cov_coeff) for a, b in zip(x.chunk(chunks), y.chunk(chunks))]
-    return {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}

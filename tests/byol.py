@@ -26,8 +26,10 @@ class BYOL(nn.Module):
         self.teacher, self.momentum = copy.deepcopy(self.encoder).requires_grad_(False), momentum
 
     def forward(self, context, target, generator):
-        z, z_next = self.predictor(self.encoder(context)), self.teacher(target)        # (B, D, 1, h, w)
-        return {'loss': 2 - 2 * F.cosine_similarity(z, z_next, dim=1).mean()}
+        z = self.encoder(context)                                        # (B, D, 1, h, w)
+        self.embedding = z.detach()
+        p, z_next = self.predictor(z), self.teacher(target)
+        return {'loss': 2 - 2 * F.cosine_similarity(p, z_next, dim=1).mean()}
 
     @torch.no_grad()
     def after_step(self, progress):

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from encoders import DepthwiseConv3d, Encoder, Statistics, jets
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
-from jepa import JEPA, Predictor, load_published
+from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_published
+from variants.small import SmallEncoder, jets
 
 
 @both_dtypes
@@ -124,10 +124,10 @@ def test_jets_are_values_rates_and_gradients():
     assert torch.equal(jets(field, rate=32.0), out * torch.tensor([1.0, 1, 4, 4, 1, 1, 1, 1]).view(8, 1, 1, 1))
 
 
-def test_statistics_are_means_over_a_token():
+def test_the_small_encoder_takes_means_over_a_token():
     """Point by point, as written in its docstring; and a token sees only its own 16 x 16 points."""
     torch.manual_seed(0)
-    encoder, x = Statistics(3, (5, 6, 4, 8), rate=2.0), torch.randn(2, 3, 16, 32, 48)
+    encoder, x = SmallEncoder(3, (5, 6, 4, 8), rate=2.0), torch.randn(2, 3, 16, 32, 48)
     out = encoder(x)                                                     # (2, 8, 2, 3)
     assert out.shape == (2, 8, 2, 3) and encoder.dim == 8
     points = jets(x, 2.0)[1, :, :, 4:8, 8:12]                                 # (12, 4, 4, 4) of the token at (1, 2)
@@ -150,10 +150,10 @@ def test_statistics_are_means_over_a_token():
         encoder(x[:, :, :8])
 
 
-def test_statistics_in_bfloat16():
+def test_the_small_encoder_in_bfloat16():
     """Under autocast values and differences stay float32, and the embedding is close to float32's."""
     torch.manual_seed(0)
-    encoder, x = Statistics(3), torch.randn(8, 3, 16, 32, 32).cumsum(-1).cumsum(-2) / 16
+    encoder, x = SmallEncoder(3), torch.randn(8, 3, 16, 32, 32).cumsum(-1).cumsum(-2) / 16
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert jets(x).dtype == torch.float32
         rounded = encoder(x).float()

@@ -64,7 +64,7 @@ def test_attentive_probe_learns_what_the_mean_token_hides():
         x, which = torch.randn(400, 3, 16, generator=g), torch.randint(3, (400,), generator=g)
         x[:, :, 0] = 3.0 * (torch.arange(3) == which[:, None])
         splits[name] = x, x[torch.arange(400), which, 1:3]
-    estimates, size = probe.attentive(splits, epochs=25, lr=1e-2)
+    estimates, size = probe.attentive(splits, epochs=15, lr=1e-2)
     assert (mse(splits, estimates) < 0.2).all() and (mse(splits, probe.linear(splits)) > 0.5).all()
     assert size == sum(p.numel() for p in probe.AttentiveProbe(16, 2).parameters())
 

@@ -1,17 +1,16 @@
-"""vjepa.py: the official predictor and blocks, masks that never overlap, and a teacher that moves as it should."""
+"""variants/vjepa.py: the official predictor and blocks, masks that never overlap, and a teacher that moves as it should."""
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 import train
-import vjepa
 from helpers import MODELS, PARITY, both_dtypes, check_parity, fill, filled
 from model import Inputs, Model, embedding_health, load_checkpoint
+from variants import vjepa
+from variants.vjepa import MASKS, VJEPA, Predictor, block_size, union_of_blocks, visible_and_hidden
 from vicreg import covariance_loss, variance_loss
 from videomae import patchify, tube_masks
-from vjepa import MASKS, VJEPA, Predictor, block_size, union_of_blocks, visible_and_hidden
 
 MINI = dict(width=24, depth=2, heads=2, patch=4, predictor_width=12, predictor_depth=1, mask_ratio=0.75)
 GRIDS = (8, 4, 4), (8, 14, 14), (8, 2, 3), (4, 8, 2)
@@ -172,7 +171,7 @@ def test_the_teacher_moves_by_its_formula(well, tmp_path):
     (['--masks', 'block', '--patch', '16', '--crop', '16'], 'smaller --patch')])
 def test_bad_options_are_refused(well, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):
-        config.parse([*map(str, MODELS['vjepa']), '--data-dir', str(well), '--out', str(tmp_path / 'a'), *flags], '')
+        train.parse([*map(str, MODELS['vjepa']), '--data-dir', str(well), '--out', str(tmp_path / 'a'), *flags], '')
 
 
 def test_a_collapse_shows_in_the_log():
