@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines import disco
-from baselines.disco import DISCO, WELL, bosh3, load_published, read_latents, standardize
+from baselines import disco, latents
+from baselines.disco import DISCO, WELL, bosh3, load_published, standardize
+from baselines.latents import read_latents
 from helpers import PARITY, both_dtypes, check_parity, filled, inputs
 
 TINY = dict(dim=32, blocks=2, heads=2, patch=8, hidden=16, width=4, layer_scale=1.0, max_steps=2)
@@ -354,3 +355,24 @@ def test_other_latents_are_refused(tmp_path, fault):
     with pytest.raises(ValueError, match=re.escape(str(bad))) as error:
         read_latents(tmp_path, 'active_matter')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('blank', [None, 50])
+def test_published_latents_have_a_row(tmp_path, capsys, blank):
+    """DISCO's: train and half of valid teach and choose, the other half is scored (badly, if it says nothing)."""
+    g = torch.Generator().manual_seed(0)
+    for split, n in ('train', 400), ('valid', 100):
+        (tmp_path / 'latents' / split).mkdir(parents=True)
+        labels = torch.stack([10**torch.randint(1, 5, (n,), generator=g).sort()[0].float(),             # as files are
+                              torch.randint(1, 9, (n,), generator=g).float()], 1)
+        z = torch.randn(n, 16, generator=g) * 0.1
+        z[:, 0], z[:, 1] = labels[:, 0].log10(), labels[:, 1]
+        if split == 'valid' and blank:
+            z[torch.randperm(100, generator=torch.Generator().manual_seed(0))[blank:]] = z.mean(0)
+        torch.save({'theta_latent': z, 'labels': labels}, tmp_path / 'latents' / split / 'batch_0.pt')
+    latents.main([str(tmp_path / 'latents'), '--data', 'shear_flow', '--epochs', '2'])
+    said = capsys.readouterr().out
+    assert '400 / 50 / 50 windows' in said and 'held-out half of the valid' in said and 'Reynolds' in said
+    row = next(line for line in said.splitlines() if line.startswith('DISCO, published latents  '))
+    linear = [float(v) for v in row.split()[-6:-3]]
+    assert 'DISCO, the paper (valid)' in said and (min(linear) > 0.5 if blank else max(linear) < 0.05)
