@@ -1,66 +1,62 @@
 """
 Simulate one of three systems and write it in The Well's format.
 
-    python simulate.py active_matter                     # nano: small grids, minutes on 2 CPU cores
-    python simulate.py shear_flow
-    python simulate.py rayleigh_benard
-    python simulate.py active_matter --preset well       # The Well's grid and frames; wants a GPU
+    python simulate.py active_matter                    # nano: small grids, minutes on 2 CPU cores
+    python simulate.py active_matter --preset well      # The Well's grid and frames; wants a GPU
 
-systems/ holds the equations, their solvers and the presets. A dataset is every pair of values of the system's two
-parameters, each from several initial conditions, of which none is in two splits; one file per pair and split. An
-interrupted simulation leaves no half file, and goes on when it is started again. Runs that their grid does not resolve
-are refused: --unresolved writes them all the same.
+A dataset has a file for each split and pair of parameters. Interrupted, it goes on when restarted.
 """
-import dataclasses
 import json
 import math
-import os
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import SPLITS, Progress, alone_in, at_least, data_folder, option, parse, pick_device, script, write_text
+from common import (SPLITS, Progress, alone_in, at_least, data_folder, option, parse, pick_device,
+                    script, write_text)
 
 import h5py
 import numpy as np
 import torch
 
-from remote import Remote, path_of
+from data import read_recipe
 from systems import find_system, system_names
 
-RESOLVED = 1e-3         # largest share of the energy in the last third of the spectrum of a resolved run
-MEMORY = 4e9            # bytes of fields held at once: so many batches of runs are simulated side by side
+RESOLVED = 1e-3     # largest share of energy in the last third of the spectrum of a resolved run
+MEMORY = 4e9        # bytes of fields held at once: so many batches are simulated side by side
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings:
-    preset: str = option('nano', "what to simulate; smoke is nano's in miniature", 'dataset')
-    data_dir: str = option('', 'folder of datasets (default: $THE_WELL_DATA_DIR, else data)', 'dataset')
+    preset: str = option('nano', 'what to simulate; smoke is nano in miniature', 'dataset')
+    data_dir: str = option('', 'all datasets (default: $THE_WELL_DATA_DIR, else data)', 'dataset')
     seed: int = option(0, 'seed of the initial conditions', 'dataset')
-    unresolved: bool = option(False, f'write runs with more than {RESOLVED:g} of their energy in the last third of the '
-                                     'spectrum, too', 'dataset', bare=True)
+    unresolved: bool = option(False, f'also write runs with more than {RESOLVED:g} of their energy '
+                                     'in the last third of the spectrum', 'dataset', bare=True)
     device: str = option('auto', 'cuda, cpu, or auto', 'machine')
 
 
 def record(solver, frames, dt_save, step=1, limit=np.inf, tick=lambda: None):
-    """Advance a solver through its frames: The Well's fields, and each run's worst `tail()` after t = 0.
+    """Advance a solver through its frames: (fields, each run's worst `tail()` after t = 0).
 
-    Fields: {name: float32 (B, frames, Nx, Ny[, 2[, 2]])}, every `step`-th point of the solver's grid; of no use if a
-    tail exceeds `limit`, as it stops there. `tick` is called after every frame. Raises FloatingPointError if a run
-    blows up.
+    fields: {name: float32 (B, frames, Nx, Ny[, 2[, 2]])}, every `step`-th point of the grid. A tail
+    over `limit` stops it. `tick` is called each frame. FloatingPointError if a run blows up.
     """
     out, worst = {}, 0.0
     for frame in range(frames):
         if frame > 0:
             solver.advance(dt_save)
+
         for name, value in solver.fields().items():
             value = value[:, ::step, ::step].float().cpu().numpy()
             if not np.isfinite(value).all():
-                raise FloatingPointError(f'the simulation blew up at t = {frame * dt_save}: take a smaller time step')
-            if name not in out:
+                raise FloatingPointError(f'the simulation blew up at t = {frame * dt_save}')
+            if frame == 0:
                 out[name] = np.empty((len(value), frames, *value.shape[1:]), np.float32)
             out[name][:, frame] = value
-        if frame > 0:                                                    # a start may be rougher than what follows
+
+        if frame > 0:                                       # a start may be rougher
             worst = np.maximum(worst, solver.tail().cpu().numpy())
             if np.max(worst) > limit:
                 break
@@ -68,186 +64,188 @@ def record(solver, frames, dt_save, step=1, limit=np.inf, tick=lambda: None):
     return out, worst
 
 
-# ---------------------------------------------------------------------------------------------
-# The Well's format
+# --- The Well's format
 
 def write_well_file(path, name, pair, fields, domain={}):
-    """Runs of system `name` at one pair of parameters, fields as from `record`, as The Well's HDF5; atomically."""
-    system = find_system(name)
-    B, T, nx, ny = next(iter(fields.values())).shape[:4]
-    part = path.with_name(path.name + '.part')
+    """Write the runs at one pair of parameters, `fields` of `record`, as HDF5, atomically."""
+    system, part = find_system(name), path.with_name(path.name + '.part')
     scalars = system.scalars(*pair, **domain)
+    B, T, nx, ny = next(iter(fields.values())).shape[:4]
+
+    def dataset(group, name, data, **attributes):
+        d = group.create_dataset(name, data=np.asarray(data, np.float32))
+        d.attrs.update(sample_varying=False, time_varying=False)
+        d.attrs.update(attributes)
+
     with h5py.File(part, 'w') as f:
         f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
 
-        def dataset(group, name, data, dtype=np.float32, **attrs):
-            d = group.create_dataset(name, data=np.asarray(data, dtype))
-            d.attrs.update(sample_varying=False, time_varying=False)
-            d.attrs.update(attrs)
-
+        # coordinates
         g = f.create_group('dimensions')
         g.attrs['spatial_dims'] = ['x', 'y']
         dataset(g, 'time', np.arange(T) * system.dt_save)
         del g['time'].attrs['time_varying']
         for axis, points in zip('xy', system.axes(nx, ny, **domain)):
             dataset(g, axis, points)
+
+        # boundaries
         g = f.create_group('boundary_conditions')
         for axis, n, periodic in zip('xy', (nx, ny), system.periodic):
             kind = 'periodic' if periodic else 'wall'
             b = g.create_group(f'{axis}_{kind}')
-            mask = np.zeros(n, bool)
-            mask[[0, -1]] = True
-            b.attrs.update(associated_dims=[axis], associated_fields=np.array([], h5py.string_dtype()),
-                           bc_type=kind.upper(), sample_varying=False, time_varying=False)
-            b.create_dataset('mask', data=mask)
-            b.create_dataset('values', data=np.zeros(mask.sum(), np.float32))
+            nothing = np.array([], h5py.string_dtype())
+            b.attrs.update(associated_dims=[axis], associated_fields=nothing, bc_type=kind.upper(),
+                           sample_varying=False, time_varying=False)
+            # it is the first and the last point, with zeros
+            b.create_dataset('mask', data=np.isin(np.arange(n), [0, n - 1]))
+            b.create_dataset('values', data=np.zeros(2, np.float32))
+
+        # parameters
         g = f.create_group('scalars')
         g.attrs['field_names'] = list(scalars)
         for name, value in scalars.items():
             dataset(g, name, value)
+
+        # scalar, vector and tensor fields
+        varying = dict(dim_varying=[True, True], sample_varying=True, time_varying=True)
         for order in range(3):
             names = [name for name, values in fields.items() if values.ndim == 4 + order]
+            symmetry = dict(symmetric=True, antisymmetric=False) if order == 2 else {}
+
             g = f.create_group(f't{order}_fields')
             g.attrs['field_names'] = np.array(names, h5py.string_dtype())
             for name in names:
-                tensor = dict(symmetric=True, antisymmetric=False) if order == 2 else {}
-                dataset(g, name, fields[name], dim_varying=[True, True], sample_varying=True, time_varying=True,
-                        **tensor)
-    os.replace(part, path)
+                dataset(g, name, fields[name], **varying, **symmetry)
+    part.replace(path)
 
 
 def write_stats(train_dir, path):
-    """The Well's stats.yaml: mean, std, rms of each field and of its change between frames, over `train_dir`."""
-    moments = {}                                                         # (name, '' or '_delta') -> [n, sum, squares]
+    """The Well's stats.yaml: mean, std, rms of fields and of their change between frames."""
+    moments = {}                # {(field, '' or '_delta'): [number, sum, sum of squares]}
     for file in sorted(train_dir.glob('*.hdf5')):
         with h5py.File(file) as f:
-            for order in range(3):
-                for name, d in f[f't{order}_fields'].items():
-                    for x in d:                                          # one trajectory (T, N, N, ...)
-                        for suffix, y in ('', x), ('_delta', np.diff(x, axis=0)):
-                            y = y.astype(np.float64)
-                            m = moments.setdefault((name, suffix), [0, 0, 0])
-                            m[0] += y[..., 0, 0].size if order == 2 else y[..., 0].size if order == 1 else y.size
-                            m[1] += y.sum((0, 1, 2))
-                            m[2] += (y * y).sum((0, 1, 2))
+            fields = [item for order in range(3) for item in f[f't{order}_fields'].items()]
+            for name, run in ((name, run) for name, d in fields for run in d):
+                # run: (T, Nx, Ny[, 2[, 2]]); each component has its own sums
+                for suffix, x in ('', run), ('_delta', np.diff(run, axis=0)):
+                    x = x.astype(np.float64)
+                    m = moments.setdefault((name, suffix), [0, 0, 0])
+                    m[0] += math.prod(x.shape[:3])
+                    m[1] += x.sum((0, 1, 2))
+                    m[2] += (x * x).sum((0, 1, 2))
 
-    def yaml(value, indent):
-        """A number, or a nested list of numbers, as block YAML (exponents written so that YAML reads floats)."""
+    def yaml(value, indent):                # a number or a nested list; exponents that YAML reads
         if np.ndim(value) == 0:
             return f' {value:.4E}\n'
         return '\n' + ''.join(' ' * indent + '-' + yaml(v, indent + 2) for v in value)
 
     text = ''
-    for statistic in 'mean', 'mean_delta', 'rms', 'rms_delta', 'std', 'std_delta':
-        kind, _, suffix = statistic.partition('_')
-        text += statistic + ':\n'
+    for kind, suffix in [(k, s) for k in ('mean', 'rms', 'std') for s in ('', '_delta')]:
+        text += f'{kind}{suffix}:\n'
         for name in sorted({name for name, _ in moments}):
-            n, total, squares = moments[name, suffix and '_delta']
-            value = {'mean': total / n, 'rms': np.sqrt(squares / n),
-                     'std': np.sqrt(np.maximum(squares / n - (total / n)**2, 0))}[kind]
+            n, total, squares = moments[name, suffix]
+            variance = np.maximum(squares / n - (total / n)**2, 0)      # rounding may take it below
+            value = {'mean': total / n, 'rms': np.sqrt(squares / n), 'std': np.sqrt(variance)}[kind]
             text += f'  {name}:' + yaml(value, 2)
     write_text(path, text)
 
 
-def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device='cpu'):
-    """Simulate a preset into <data_dir>/<name>; finished files are kept, so a broken run resumes.
+# --- a dataset
 
-    Every run's initial condition depends on (seed, split, pair, run) alone, and the runs that are advanced
-    together never change, so the same seed gives the same bytes however often it is cut. Raises ValueError if the
-    folder holds data that this call did not make or is at a URL, and, unless `unresolved`, if the grid does not
-    resolve a run.
+def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device='cpu'):
+    """Simulate a preset into <data_dir>/<name>, and return that folder. Finished files are kept.
+
+    A run's start depends on (seed, split, pair, run) alone, and the same runs always advance
+    together: a seed gives the same bytes, even if interrupted. ValueError if the folder holds other
+    data, or, unless `unresolved`, a run is not resolved.
     """
-    if isinstance(path_of(data_dir), Remote):
-        raise ValueError(f'nothing is written to {data_dir}: simulate into a folder of this computer')
-    p = find_system(name).preset(preset)
-    root = Path(data_dir) / name
-    recipe = {'preset': preset, 'seed': seed, **dataclasses.asdict(p)}
-    recipe = json.loads(json.dumps({k: v for k, v in recipe.items() if k not in ('about', 'files_at_once')}))
-    note = root / 'simulated.json'
-    existing = sorted(root.glob('data/*/*.hdf5'))
-    if note.exists() and read_note(root) != recipe:
-        raise ValueError(f'{root} was simulated with other settings ({note}): delete it or choose another --data-dir')
-    if existing and not note.exists():
-        raise ValueError(f'{root} already holds {len(existing)} files that this script did not write: '
-                         f'choose another --data-dir')
+    p, root = find_system(name).preset(preset), Path(data_dir) / name
+    recipe, note = {'preset': preset, 'seed': seed, **asdict(p)}, root / 'simulated.json'
+    del recipe['about'], recipe['files_at_once']
+
+    # never mix two datasets
+    instead = 'choose another --data-dir'
+    if note.exists() and read_recipe(root) != json.loads(json.dumps(recipe)):
+        raise ValueError(f'{root} was made with other settings ({note}): delete it or {instead}')
+    if not note.exists() and any(root.glob('data/*/*.hdf5')):
+        raise ValueError(f'{root} holds files that this script did not write: {instead}')
+
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):
         if not note.exists():
             write_text(note, json.dumps(recipe))
         simulate_missing(name, p, root, seed, unresolved, device)
+        if not (root / 'stats.yaml').exists():
+            write_stats(root / 'data' / 'train', root / 'stats.yaml')
     return root
 
 
-def read_note(root):
-    """What <root>/simulated.json says of how a dataset was simulated, a dict; {} if it was not."""
-    note = root / 'simulated.json'
-    try:
-        there = json.loads(note.read_text()) if note.exists() else {}
-        if there and not {'preset', 'seed'} <= there.keys():
-            raise KeyError('preset, seed')
-        return there or {}
-    except (ValueError, AttributeError, KeyError):
-        raise ValueError(f'{note} is damaged: delete {root}, or choose another --data-dir') from None
-
-
 def simulate_missing(name, p, root, seed, unresolved, device):
-    """What `make_dataset` does, once it is clear that it may."""
-    system = find_system(name)
-    batches = [(split, p.pairs[i:i + p.files_at_once]) for split in SPLITS
-               for i in range(0, len(p.pairs), p.files_at_once)]
-    path = lambda split, pair: root / 'data' / split / system.file.format(**system.scalars(*pair, **p.domain))
-    missing = [(split, batch, todo) for split, batch in batches
-               if (todo := [pair for pair in batch if not path(split, pair).exists()])]
-    limit, stopped = np.inf if unresolved else RESOLVED, threading.Event()
-    bar = Progress(sum(p.runs[split] * len(batch) for split, batch, _ in missing) * p.frames,
-                   f'simulating {root}', 'frame', smoothing=0.05, disable=not missing)
+    """Simulate each batch of pairs that lacks a file; several at once, on several cores."""
+    system, stopped = find_system(name), threading.Event()
+    limit = np.inf if unresolved else RESOLVED
 
-    def simulate_batch(split, batch, todo):
-        """Advance the runs of some pairs together, write the missing files: (worst tail, the file it is in)."""
-        runs = p.runs[split]
-        each = [(pair, [seed, SPLITS.index(split), p.pairs.index(pair), run]) for pair in batch for run in range(runs)]
-
-        def tick():
-            bar.update(len(each))
-            if stopped.is_set():
-                raise CancelledError
-
-        fields, tails = record(system.solver(*zip(*each), p, device), p.frames, system.dt_save,
-                               p.settings.get('refine', 1), limit, tick)
-        where = path(split, each[tails.argmax()][0])
-        if tails.max() > limit:
-            raise ValueError(f'{where} would not be resolved: {tails.max():.1e} of the energy of a run is in the last '
-                             f'third of its spectrum, more than {limit:g} (python simulate.py {name} --unresolved, '
-                             f'with the other flags as they were, writes it all the same)')
-        for i, pair in enumerate(batch):
-            if pair in todo:
-                mine = slice(i * runs, (i + 1) * runs)
-                write_well_file(path(split, pair), name, pair, {k: v[mine] for k, v in fields.items()}, p.domain)
-        return tails.max(), where
+    def file_of(split, pair):
+        return root / 'data' / split / system.file.format(**system.scalars(*pair, **p.domain))
 
     for split in SPLITS:
         (root / 'data' / split).mkdir(parents=True, exist_ok=True)
-    # On small grids a core for each batch is faster than all for one, and no byte depends on how many there are.
+    batches = [p.pairs[i:i + p.files_at_once] for i in range(0, len(p.pairs), p.files_at_once)]
+    missing = [(split, batch) for split in SPLITS for batch in batches
+               if not all(file_of(split, pair).exists() for pair in batch)]
+
+    frames = p.frames * sum(p.runs[split] * len(batch) for split, batch in missing)
+    bar = Progress(frames, f'simulating {root}', 'frame', smoothing=0.05, disable=not missing)
+
+    def simulate_batch(split, batch):
+        """Advance the runs of some pairs together; write missing files: (worst tail, its file)."""
+        runs = p.runs[split]
+        pairs = [pair for pair in batch for _ in range(runs)]
+        keys = [[seed, SPLITS.index(split), p.pairs.index(pair), run]
+                for pair in batch for run in range(runs)]
+
+        def tick():
+            bar.update(len(keys))
+            if stopped.is_set():
+                raise CancelledError
+
+        # all frames, or until a run is not resolved
+        fields, tails = record(system.solver(pairs, keys, p, device), p.frames, system.dt_save,
+                               p.settings.get('refine', 1), limit, tick)
+        file = file_of(split, pairs[tails.argmax()])
+        if tails.max() > limit:
+            raise ValueError(f'{file} would not be resolved: a run has {tails.max():.1e} of its '
+                             f'energy in the last third of its spectrum, more than {limit:g}. To '
+                             f'write it all the same: python simulate.py {name} --unresolved')
+
+        # a file for each pair
+        for i, pair in enumerate(batch):
+            if not file_of(split, pair).exists():
+                of_pair = {k: v[i * runs:(i + 1) * runs] for k, v in fields.items()}
+                write_well_file(file_of(split, pair), name, pair, of_pair, p.domain)
+        return tails.max(), file
+
+    # on small grids a core for each batch is faster than all for one; no byte depends on it
     cores = torch.get_num_threads()
     fit = MEMORY / (p.frames * math.prod(p.grid) * 12 * 4 * max(p.runs.values()) * p.files_at_once)
-    threads = 1 if fit >= 2 else cores                                   # of a batch
-    with ThreadPoolExecutor(1 if device == 'cuda' else max(1, min(cores, int(fit))), 'batch',
-                            torch.set_num_threads, (threads,)) as pool:
+    threads = 1 if fit >= 2 else cores                                  # of a batch
+    workers = 1 if device == 'cuda' else max(1, min(cores, int(fit)))
+    with ThreadPoolExecutor(workers, 'batch', torch.set_num_threads, (threads,)) as pool:
         jobs = [pool.submit(simulate_batch, *batch) for batch in missing]
-        try:
+        try:                                                # an error in one batch stops the others
             worst = [job.result() for job in as_completed(jobs)]
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
             bar.close()
+
     if missing:
-        share, where = max(worst)
-        print(f'At most {share:.1e} of the energy of a run simulated now is in the last third of its spectrum ({where}'
-              f'): {"not resolved" if share > RESOLVED else "resolved"}, as the limit is {RESOLVED:g}.', flush=True)
-    if not (root / 'stats.yaml').exists():
-        write_stats(root / 'data' / 'train', root / 'stats.yaml')
+        share, file = max(worst)
+        resolved = 'not resolved' if share > RESOLVED else 'resolved'
+        print(f'At most {share:.1e} of the energy of a run simulated now is in the last third of '
+              f'its spectrum ({file}): {resolved}, as the limit is {RESOLVED:g}.', flush=True)
 
 
 @script
@@ -257,7 +255,6 @@ def main(argv=None):
     settings, name = parse(__doc__ + '\npresets:\n' + presets, Settings, argv,
                            system=dict(help=', '.join(system_names())))
     at_least(settings, 0, 'seed')
-    find_system(name)
     data_dir = data_folder(settings.data_dir)
     root = make_dataset(name, data_dir, settings.preset, settings.seed, settings.unresolved,
                         pick_device(settings.device))

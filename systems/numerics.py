@@ -1,10 +1,9 @@
 """
-What the systems share: Fourier space, time stepping that does diffusion exactly, and statistics of fields.
+What the systems share: Fourier space, time stepping that does diffusion exactly, field statistics.
 
-A solver is made from its runs' parameters and initial fields; the dtype of the fields (float32 or float64)
-and their device are the solver's. `advance(duration)` moves the runs on; `fields()` gives The Well's fields
-at present, {name: (B, Nx, Ny[, 2[, 2]])}; `tail()` tells how well they are resolved: (B,), the share of the
-energy that sits in the last third of the spectrum. Equations: The Well's, arXiv 2412.00568, and its papers.
+`advance(duration)` moves the B runs of a solver on. `fields()` gives The Well's fields, {name: (B,
+Nx, Ny[, 2[, 2]])}; `tail()` (B,) the share of the energy in the last third of the spectrum. The
+equations are those of The Well, arXiv 2412.00568, and of its sources.
 """
 from math import ceil
 
@@ -12,11 +11,13 @@ import numpy as np
 import torch
 
 
-def periodic_wavenumbers(shape, lengths, like):
-    """kx (Nx, 1), ky (1, Ny/2+1) of rfft2 on a periodic box, and 1 where the 2/3 rule keeps a mode, else 0.
+def column(values, dtype, device):
+    """One number for each run, (B,), as a tensor (B, 1, 1) that broadcasts over its grid."""
+    return torch.as_tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
-    In the dtype and on the device of the tensor `like`.
-    """
+
+def periodic_wavenumbers(shape, lengths, like):
+    """kx (Nx, 1), ky (1, Ny/2+1) of rfft2, as `like`; and 1 where the 2/3 rule keeps a mode."""
     (Nx, Ny), (LX, LY) = shape, lengths
     kx = like.new_tensor(2 * np.pi / LX * np.fft.fftfreq(Nx, 1 / Nx)).view(Nx, 1)
     ky = like.new_tensor(2 * np.pi / LY * np.arange(Ny // 2 + 1)).view(1, -1)
@@ -24,34 +25,33 @@ def periodic_wavenumbers(shape, lengths, like):
 
 
 def to_grid(f, shape):
-    """rfft2's inverse, (..., Nx, Ny/2+1) -> (..., Nx, Ny), in one flat batch: twice as fast on CPU."""
+    """Inverse of rfft2, (..., Nx, Ny/2+1) -> (..., Nx, Ny). One flat batch is twice as fast."""
     return torch.fft.irfft2(f.flatten(0, -3), s=shape).view(*f.shape[:-2], *shape)
 
 
 def share_of_tail(f, kx, ky):
-    """Share of the sum of |f|^2, f (B, C, Nx, Ny/2+1) in Fourier space, beyond 2/3 of max kx or max ky: (B,)."""
+    """Share of the sum of |f|^2, f (B, C, Nx, Ny/2+1), beyond 2/3 of the largest kx or ky: (B,)."""
     energy = f.abs().square()
-    energy[..., 1:] *= 2                                                 # rfft holds half of the spectrum
-    energy[..., 0, 0] = 0                                                # the mean is no scale
+    energy[..., 1:] *= 2                                    # rfft holds half of the spectrum
+    energy[..., 0, 0] = 0                                   # the mean has no scale
     outer = (kx > kx.max() * 2 / 3) | (ky > ky.max() * 2 / 3)
     return (energy * outer).sum((1, 2, 3)) / energy.sum((1, 2, 3)).clamp(min=1e-30)
 
 
 class ExponentialSolver:
-    """q' = linear q + tendency(q), `linear` real and diagonal, by exponential time differencing ETDRK4.
+    """q' = linear q + tendency(q), `linear` real and diagonal, by exponential time differencing.
 
-    Cox and Matthews, J. Comput. Phys. 176, 2002. The coefficients cancel badly at small arguments and are
-    taken as means over a circle around each (Kassam and Trefethen, SIAM J. Sci. Comput. 26, 2005).
-    A solver sets `state` and `linear` and defines `tendency(state)` and `rate()`, the largest wavenumber
-    times speed: the scheme is stable up to rate * dt of about 2.8 and is kept below 2.
+    ETDRK4 of Cox and Matthews, J. Comput. Phys. 176, 2002: stable to a rate * dt of about 2.8. A
+    solver has `state`, `linear`, `tendency(state)` and `rate()`, largest wavenumber times speed.
     """
 
     LIMIT = 2.0
-    schedule = None                                                      # (duration, steps) of the coefficients at hand
+    schedule = None                                 # (duration, steps) of the present coefficients
 
     def advance(self, duration):
         steps = max(ceil(duration / 0.1), ceil(duration * self.rate() / self.LIMIT))
-        steps = steps if steps <= 8 else 4 * ceil(steps / 4)             # in fours: coefficients are kept for longer
+        if steps > 8:
+            steps = 4 * ceil(steps / 4)             # so that coefficients serve for longer
         if self.schedule != (duration, steps):
             self.schedule = duration, steps
             self.set_coefficients(duration / steps)
@@ -59,19 +59,21 @@ class ExponentialSolver:
             self.step()
 
     def set_coefficients(self, dt):
-        z = self.linear.double() * dt
-        total = [torch.zeros_like(z) for _ in range(4)]
-        points = 16                                                      # on the upper half; the lower is its conjugate
-        for j in range(points):
+        # the formulas cancel badly at small z: take means over a circle around it (Kassam and
+        # Trefethen, SIAM J. Sci. Comput. 26, 2005); its lower half is the conjugate of the upper
+        z, points = self.linear.double() * dt, 16
+        half, first, middle, last = (torch.zeros_like(z) for _ in range(4))
+
+        for j in range(points):                         # the coefficients of Cox and Matthews
             r = z + np.exp(1j * np.pi * (j + 0.5) / points)
             e = r.exp()
-            for t, f in zip(total, (((r / 2).exp() - 1) / r,
-                                    (-4 - r + e * (4 - 3 * r + r**2)) / r**3,
-                                    2 * (2 + r + e * (r - 2)) / r**3,
-                                    (-4 - 3 * r - r**2 + e * (4 - r)) / r**3)):
-                t += f.real * (dt / points)
+            half += (((r / 2).exp() - 1) / r).real * (dt / points)
+            first += ((-4 - r + e * (4 - 3 * r + r**2)) / r**3).real * (dt / points)
+            middle += (2 * (2 + r + e * (r - 2)) / r**3).real * (dt / points)
+            last += ((-4 - 3 * r - r**2 + e * (4 - r)) / r**3).real * (dt / points)
+
         self.decay, self.half_decay, self.half, self.first, self.middle, self.last = (
-            c.to(self.linear.dtype) for c in (z.exp(), (z / 2).exp(), *total))
+            c.to(self.linear.dtype) for c in (z.exp(), (z / 2).exp(), half, first, middle, last))
 
     def step(self):
         q, N = self.state, self.tendency
@@ -83,66 +85,63 @@ class ExponentialSolver:
         self.state = self.decay * q + self.first * n0 + self.middle * (n1 + n2) + self.last * n3
 
 
-# ---------------------------------------------------------------------------------------------
-# statistics: what a physicist would compute before training anything
+# --- statistics: what a physicist would compute before training anything
 
 class Grid:
-    """Derivatives and means of fields (B, T, H, W) on points x (H,), y (W,), frames dt apart.
+    """Derivatives and means of fields (B, T, H, W) on points x (H,), y (W,), with frames dt apart.
 
-    Central differences over the points' own distances, one-sided at the ends; a point stands for the cell that
-    reaches half way to its neighbours, the last for one as wide as its only gap (right for a periodic axis, and for
-    points that crowd at a wall a cell that is small anyway), so that means are over the area.
+    Differences are central. Means are over the area; cells reach half way to the next points.
     """
 
     def __init__(self, x, y, dt):
         self.points, self.dt = [torch.as_tensor(v, dtype=torch.float32) for v in (x, y)], float(dt)
         self.area = torch.outer(*(torch.gradient(v)[0] for v in self.points))
-        self.area /= self.area.sum()                                     # (H, W)
+        self.area /= self.area.sum()                                    # (H, W)
 
-    def derivative(self, f, axis):
-        """d/dx (axis 0) or d/dy (axis 1)."""
+    def derivative(self, f, axis):          # d/dx (axis 0) or d/dy (axis 1): (B, T, H, W)
         return torch.gradient(f, spacing=(self.points[axis].to(f.device),), dim=axis + 2)[0]
 
-    def rate(self, f):
-        """Change from frame to frame over time, (B, T - 1, H, W)."""
+    def rate(self, f):                      # change over time: (B, T - 1, H, W)
         return f.diff(dim=1) / self.dt
 
-    def mean(self, f):
-        """Over area and time: (B,)."""
+    def mean(self, f):                      # over area and time: (B,)
         return (f * self.area.to(f.device)).sum((-2, -1)).mean(1)
 
-    def mean_square(self, *fields):
-        """Of the sum of squares: (B,)."""
+    def mean_square(self, *fields):         # mean of the sum of squares: (B,)
         return sum(self.mean(f.square()) for f in fields)
 
-    def gradient(self, *fields):
-        """Mean square of the gradients: (B,)."""
+    def gradient(self, *fields):            # mean square of the gradients: (B,)
         return self.mean_square(*(self.derivative(f, axis) for f in fields for axis in (0, 1)))
 
-
-def log(x):
-    return (x.abs() + 1e-10).log()
+    def change(self, *fields):              # mean square of the rates: (B,)
+        return self.mean_square(*map(self.rate, fields))
 
 
 def fluid_statistics(u, v, s, power, grid):
-    """Of a flow (u, v) and the scalar s it carries, (B, T, H, W) each, power (B,) that drives it: {name: (B,) log}.
+    """Of a flow (u, v) with a scalar s, (B, T, H, W) each, driven by power (B,): {name: (B,) log}.
 
-    Sizes of velocity, vorticity, scalar and their gradients, and the diffusivities that the window's budgets
-    suggest: what the mean squares of velocity, vorticity and scalar lose in time, halved, over what a diffusivity
-    of one would take, the mean square of the gradients. They hold where nothing flows through the edges.
+    Budgets give diffusivities: the mean square of a field loses, per time, twice its diffusivity
+    times the mean square of its gradient, if nothing flows through the edges.
     """
-    w = grid.derivative(v, 0) - grid.derivative(u, 1)
     duration = grid.dt * (u.shape[1] - 1)
-    lost = lambda *fields: sum(grid.mean(f[:, :1].square() - f[:, -1:].square()) for f in fields) / 2
-    mixed = s - (s * grid.area.to(s.device)).sum((-2, -1), keepdim=True)
-    wall = lambda a, b: ((s[..., a] - s[..., b]) / (grid.points[1][a] - grid.points[1][b]).to(s.device))
-    size, slope = grid.mean_square, grid.gradient
-    out = {'velocity x': size(u), 'velocity y': size(v), 'vorticity': size(w), 'vorticity gradient': slope(w),
-           'scalar': size(mixed), 'scalar gradient': slope(s), 'scalar curvature': slope(grid.derivative(s, 0)),
-           'scalar change': size(grid.rate(s)), 'vorticity change': size(grid.rate(w)), 'power': power,
-           'flux at the lower edge': wall(0, 1).square().flatten(1).mean(1),
-           'flux at the upper edge': wall(-1, -2).square().flatten(1).mean(1),
-           'viscosity by energy': (lost(u, v) + power * duration) / (size(w) * duration + 1e-10),
-           'viscosity by enstrophy': lost(w) / (slope(w) * duration + 1e-10),
-           'diffusivity': lost(mixed) / (slope(s) * duration + 1e-10)}
-    return {name: log(value) for name, value in out.items()}
+    w = grid.derivative(v, 0) - grid.derivative(u, 1)
+    mixed = s - (s * grid.area.to(s.device)).sum((-2, -1), keepdim=True)    # s minus its mean
+
+    def lost(*fields):                                      # half of what their mean square loses
+        return sum(grid.mean(f[:, :1].square() - f[:, -1:].square()) for f in fields) / 2
+    def edge_flux(edge, inner):                             # mean square of s_y there
+        gap = grid.points[1][edge] - grid.points[1][inner]
+        return ((s[..., edge] - s[..., inner]) / gap.to(s.device)).square().flatten(1).mean(1)
+
+    size, slope, change = grid.mean_square, grid.gradient, grid.change
+    values = {
+        'velocity x': size(u), 'velocity y': size(v), 'vorticity': size(w),
+        'vorticity gradient': slope(w), 'scalar': size(mixed), 'scalar gradient': slope(s),
+        'scalar curvature': slope(grid.derivative(s, 0)), 'scalar change': change(s),
+        'vorticity change': change(w), 'power': power,
+        'flux at the lower edge': edge_flux(0, 1), 'flux at the upper edge': edge_flux(-1, -2),
+        # diffusivities, from the budgets
+        'viscosity by energy': (lost(u, v) + power * duration) / (size(w) * duration + 1e-10),
+        'viscosity by enstrophy': lost(w) / (slope(w) * duration + 1e-10),
+        'diffusivity': lost(mixed) / (slope(s) * duration + 1e-10)}
+    return {name: (value.abs() + 1e-10).log() for name, value in values.items()}

@@ -88,7 +88,7 @@ def test_stokes_forces_balance():
 
 
 def test_solver_follows_the_equations_of_motion():
-    """One small step changes c and m as the equations on top of simulate.py say, every nonlinear term included."""
+    """One small step changes c and m as the equations on top of systems/active_matter.py say, every nonlinear term included."""
     zeta, dt, solver = 9.0, 1e-3, developed(N=48, amplitude=0.3, wavy=0.2, steps=2)
     laplacian = lambda f: sum(derivatives(d)[i] for i, d in enumerate(derivatives(f)))
     both = lambda g, m: g(m.real) + 1j * g(m.imag)

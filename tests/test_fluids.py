@@ -1,7 +1,7 @@
 """
 systems/shear_flow.py and systems/rayleigh_benard.py, against another solver and against their equations.
 
-testdata/reference_flows.npz: fields that an established spectral framework computed in double precision, of
+tests/data/reference_flows.npz: fields that an established spectral framework computed in double precision, of
 shear flow at Re 1000, Sc 1 and of convection at Ra 1e6, Pr 1 (<system>/<field>, at the times <system>/t).
 """
 import numpy as np
@@ -13,7 +13,7 @@ from systems.rayleigh_benard import RayleighBenard, chebyshev_nodes, rayleigh_be
 from systems.shear_flow import ShearFlow, shear_flow_start
 
 
-FLOWS = np.load(HERE / 'testdata' / 'reference_flows.npz')
+FLOWS = np.load(HERE / 'tests/data' / 'reference_flows.npz')
 
 
 def shear_flow(N=32, reynolds=200.0, schmidt=1.0, start=(2, 2, 1.0), dtype=torch.float64):
