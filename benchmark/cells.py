@@ -1,306 +1,310 @@
 """
-The tables, with error bars: makes what is missing of data, runs and results, and ends in the tables.
+All runs of all tables, with several seeds. It ends in the tables.
 
-    python benchmark.py --dry-run                        # what is missing, and how long it will take
-    python benchmark.py                                  # everything that has a table, three seeds
-    python benchmark.py paper-tables                     # a part of it (below), a row, or one cell of a row:
-    python benchmark.py active_matter-mpp-nano
-    python benchmark.py active_matter-mpp-nano-seed0
-    python benchmark.py --preset paper --data-dir B      # the paper's own sizes, on The Well's files; for GPUs
+    python -m benchmark.cells --dry-run                     # what is missing
+    python -m benchmark.cells                               # all that has a table, three seeds
+    python -m benchmark.cells paper-tables                  # a part, a row, or one cell:
+    python -m benchmark.cells active_matter-mpp-nano
+    python -m benchmark.cells active_matter-mpp-nano-seed0
+    python -m benchmark.cells --preset paper --data-dir B   # the paper's sizes, The Well's files
 
-A cell is SYSTEM-ROW-seedN: one training with one seed, and its errors on test. It is made in rows/ and, when it is
-complete, copied to results/; a cell that is there and of today's settings is not made again. What is interrupted goes
-on. A cell whose settings are others than its row's is stale, and is made anew; what its run had found is kept beside
-it, as rows/CELL.old. A seed changes the data as well, where they are simulated (data/seedN).
-
---jobs cells are made at once. Each has one CPU core, as ours had (else OMP_NUM_THREADS says), so that numbers do not
-depend on the jobs; with GPUs each has its share of them. After a change of code, delete rows/ and results/.
+Parts: paper-tables, fewer-labels; of nano also longest, latents-or-pixels. A cell SYSTEM-ROW-seedN
+is one training with one seed, and its errors on test. simulate.py (each seed has its own data),
+train.py and eval.py make it in rows/CELL, and go on where they were interrupted. The result goes to
+results/cells/CELL.json; with today's settings it is not made again. Each of --jobs has one CPU core
+(or OMP_NUM_THREADS). To use several GPUs, first run torchrun train.py with the flags of a row and
+--out rows/CELL. After a change of code, delete rows/ and results/cells/.
 """
 import json
 import os
-import queue
-import re
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import alone_in, at_least, data_folder, option, parse, say, script, write_text
 
 import torch
 
-import bench_steps
-import config
 import eval as evaluation
 import model as models
-import report
+import train
+from benchmark import report, speed
 from data import find_dataset
-from rows import GROUPS, ROWS, SCORED
 from systems import system_names
 
-HERE = Path(__file__).resolve().parent
-COUNTING = threading.Lock()
+ROWS = {                                    # after SYSTEM-: flags of train.py
+    'jepa-nano': '--model jepa', 'jepa-nano-supervised': '--model jepa --supervised',
+    # a third of nano's windows, 25,600
+    'jepa-nano-vicreg': '--model jepa --steps 800',
+    'videomae-nano': '--model videomae --steps 800',
+    'mpp-nano': '--model mpp --steps 1600 --lr 1e-2',
+    'disco-nano': '--model disco --steps 1600',
+    'jepa-nano-short-supervised': '--model jepa --steps 800 --supervised',
+    # as many: what is predicted, and how a constant is prevented
+    'jepa-nano-paired': '--model jepa --steps 800 --views paired',
+    'pixels-nano': '--model pixels --steps 800',
+    'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false '
+                        '--sigreg-coeff 0.05',
+    'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
+    'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
+    'vjepa-nano-supervised': '--model vjepa --steps 3200 --supervised',
+    # `paper` trains MPP and DISCO from nothing: for published weights, add --init FILE --steps 0
+    'jepa-paper-supervised': '--model jepa --preset paper --supervised',
+}
+for masks in 'block', 'random', 'temporal':
+    ROWS[f'vjepa-nano-{masks}'] = f'--model vjepa --steps 3200 --masks {masks}'
+for model in 'jepa', 'videomae', 'mpp', 'disco':
+    for preset in 'paper', 'smoke':
+        ROWS[f'{model}-{preset}'] = f'--model {model} --preset {preset}'
+for preset, length in ('nano', 'steps 800'), ('paper', 'preset paper'):
+    for row, share in report.FEWER[preset].items():
+        ROWS[row] = f'--model jepa --{length} --supervised --label-fraction {share}'
 
+SCORED = {                                  # flags of eval.py, where there are any
+    'mpp-nano': '--finetune 5 --finetune-lr 1e-3', 'mpp-paper': '--finetune paper',
+    'jepa-smoke': '--epochs 5', 'videomae-smoke': '--epochs 5', 'disco-smoke': '--epochs 5',
+    'mpp-smoke': '--epochs 5 --finetune 1',
+    **dict.fromkeys(('jepa-nano-vicreg', 'videomae-nano', 'jepa-nano-short-supervised',
+                     'jepa-paper', 'videomae-paper', 'jepa-paper-supervised'), '--generalize')}
+
+def everywhere(rows):
+    return [f'{system}-{row}' for system in system_names() for row in rows]
+
+GROUPS = {preset: {'paper-tables': everywhere(report.PAPER_TABLES[preset]),      # {part: its rows}
+                   'fewer-labels': everywhere(report.FEWER[preset])} for preset in report.FEWER}
+GROUPS['nano'] |= {'longest': everywhere(['jepa-nano', 'jepa-nano-supervised']),
+                   'latents-or-pixels': report.EXPERIMENT}
+ONE_AT_A_TIME = threading.Lock()            # PyTorch's generator and its counter of FLOP are global
 
 @dataclass
 class Settings:
-    preset: str = option('nano', 'nano, or paper, on data that are there; smoke: does it run at all?', 'what')
+    preset: str = option('nano', 'nano; paper, on data that are there; smoke: does it run?', 'what')
     seeds: int = option(3, 'how many: 0, 1, ..', 'what')
-    dry_run: bool = option(False, 'only say what is missing, and how long it will take', 'what', bare=True)
-    data_dir: str = option('', "datasets of --preset paper (default: $THE_WELL_DATA_DIR, else data)", 'machine')
-    results: str = option('results', 'folder of the results', 'machine')
-    jobs: int = option(0, 'cells at once; 0: one for each GPU, or for each CPU core', 'machine')
+    dry_run: bool = option(False, 'only say what is missing', 'what', bare=True)
+    data_dir: str = option('', 'datasets of --preset paper (default: as train.py)', 'machine')
+    results: str = option('results/cells', 'folder of the results', 'machine')
+    jobs: int = option(0, 'cells at once; 0: one for each CPU core, or one on a GPU', 'machine')
 
+# --- a cell
 
-class Cell:
-    """One run with one seed: the commands that make it, and where its files lie.
+def find_cell(name, args):
+    """A cell by its name SYSTEM-ROW-seedN: its files, and the commands that make it.
 
-    name: SYSTEM-ROW-seedN. Raises ValueError if there is no such row.
+    Raises ValueError if there is no such row.
     """
+    start, _, seed = name.rpartition('-seed')
+    system, _, row = start.partition('-')
+    if system not in system_names() or row not in ROWS or not seed.isdigit():
+        raise ValueError(f'no row {start or name!r}: --help lists the parts; a row is a system, '
+                         f'{", ".join(system_names())}, a dash and one of {", ".join(ROWS)}')
 
-    def __init__(self, name, args):
-        row, _, seed = name.rpartition('-seed')
-        found = [(system, r) for system in system_names() for r in ROWS if row == f'{system}-{r}']
-        if not found or not seed.isdigit():
-            parts = ', '.join(f'{part} (--preset {preset})' for preset, parts in GROUPS.items() for part in parts)
-            raise ValueError(f'no row {row or name!r}: parts are {parts}; a row is a system, '
-                             f'{", ".join(system_names())}, a dash and one of {", ".join(ROWS)}')
-        (self.system, self.row), self.name, self.seed = found[0], name, int(seed)
-        self.run, self.result = Path('rows') / name, Path(args.results) / f'{name}.json'
-        self.preset = next((p for p in ('paper', 'smoke') if p in self.row.split('-')), 'nano')
-        smoke = '-smoke' * (self.preset == 'smoke')
-        self.data = str(data_folder(args.data_dir)) if self.preset == 'paper' else f'data/seed{seed}{smoke}'
-        self.stopped = threading.Event()                                 # set: no other script is to be run
-        data = ['--data-dir', self.data]
-        self.simulate = ['simulate.py', self.system, '--preset', self.preset, '--seed', seed, *data]
-        self.train = ['train.py', '--data', self.system, *ROWS[self.row].split(), '--seed', seed, *data, '--out',
-                      str(self.run)]
-        self.evaluate = ['eval.py', str(self.run), '--split', 'test', *SCORED.get(self.row, '').split(), *data]
+    # nano and smoke have data of their own for each seed
+    preset = next((p for p in ('paper', 'smoke') if p in row.split('-')), 'nano')
+    data = {'nano': f'data/seed{seed}', 'smoke': f'data/seed{seed}-smoke',
+            'paper': str(data_folder(args.data_dir))}[preset]
+    run, seeded, folder = Path('rows', name), ['--seed', seed], ['--data-dir', data]
 
-    def settings(self):
-        """What train.py and eval.py would be run with: {name: value}, {name: value}."""
-        c, _, options = config.parse(self.train[1:], '')
-        scored, _ = parse('', evaluation.Settings, self.evaluate[1:], runs=dict(nargs='*'))
-        return plain(vars(c) | vars(options)), plain({k: getattr(scored, k) for k in evaluation.TUNED})
+    return SimpleNamespace(
+        name=name, system=system, seed=int(seed), preset=preset, data=data, run=run,
+        result=Path(args.results, f'{name}.json'),
+        # the commands
+        simulate=['simulate.py', system, '--preset', preset, *seeded, *folder],
+        train=['train.py', '--data', system, *ROWS[row].split(), *seeded, *folder,
+               '--out', str(run)],
+        evaluate=['eval.py', str(run), '--split', 'test', *SCORED.get(row, '').split(), *folder])
 
-    def why_stale(self, result):
-        """('training' or 'scoring', what differs) of a result's settings from the row's; ('', '') if nothing does.
+def find_cells(names, args):
+    """The cells of parts, rows and cells by name, each once; no names: all of the preset."""
+    if args.preset not in GROUPS:
+        raise ValueError(f'unknown preset {args.preset!r}: choose from {", ".join(GROUPS)}')
+    groups = GROUPS[args.preset]
+    rows = [row for name in names or groups for row in groups.get(name, [name])]
+    cells = [row if '-seed' in row else f'{row}-seed{k}' for k in range(args.seeds) for row in rows]
+    return [find_cell(name, args) for name in dict.fromkeys(cells)]
 
-        A setting that is younger than the result had its default there. Folders, and what only concerns the machine,
-        may differ.
-        """
-        (own, scored), options = self.settings(), models.find_model(result['run']['settings']['model']).Options
-        free = {*config.MAY_CHANGE, *['micro_batch'] * (self.preset == 'paper')} - {'steps', 'epochs'}
-        younger = plain(vars(config.Config()) | vars(options()) | vars(evaluation.Settings()))
-        for what, now, there in ('training', own, result['run']['settings']), ('scoring', scored, result['probe']):
-            there = younger | there
-            differs = [f'{k} {there[k]}, now {v}' for k, v in now.items() if k not in free and there.get(k) != v]
-            if differs:
-                return what, ', '.join(differs)
-        return '', ''
+def as_json(settings):
+    """Settings as a JSON file gives them back."""
+    return json.loads(json.dumps(settings))
 
-    def state(self):
-        """(what is to be done: '', 'scoring' or 'training'; in words)."""
-        there = self.result.exists()
-        differs = self.why_stale(json.loads(self.result.read_text()))[1] if there else ''
-        if there and not differs:
+def settings_of(cell):
+    """What its train.py and eval.py are run with: [{name: value}, {name: value}]."""
+    c, _, options = train.parse(cell.train[1:], '')
+    scored, _ = parse('', evaluation.Settings, cell.evaluate[1:], runs=dict(nargs='*'))
+    return as_json([vars(c) | vars(options), {k: getattr(scored, k) for k in evaluation.TUNED}])
+
+def why_stale(cell, result):
+    """Which settings of a result are not the cell's: ('training' or 'scoring', in words).
+
+    ('', '') if all are. A setting that is younger than the result had its default there. Folders
+    may differ, and what concerns the machine alone, as the paper's micro-batch.
+    """
+    free = {*train.MAY_CHANGE, *(['micro_batch'] if cell.preset == 'paper' else [])}
+    free -= {'steps', 'epochs'}
+    run, (trained, scored) = result['run']['settings'], settings_of(cell)
+    options = models.find_model(run['model']).Options
+    defaults = as_json(vars(train.Config()) | vars(options()) | vars(evaluation.Settings()))
+
+    for what, now, then in ('training', trained, run), ('scoring', scored, result['probe']):
+        then = defaults | then
+        differs = [f'{name} {then[name]}, now {value}' for name, value in now.items()
+                   if name not in free and then.get(name) != value]
+        if differs:
+            return what, ', '.join(differs)
+    return '', ''
+
+def progress(cell):
+    """(step that its training has reached, steps, what of the run's settings differs)."""
+    if not (cell.run / 'ckpt.pt').exists():
+        return 0, 1, ''
+    state = models.load_checkpoint(cell.run / 'ckpt.pt')
+    there = {'settings': as_json(state['config'] | state['options'])}
+    differs = why_stale(cell, {'run': there, 'probe': settings_of(cell)[1]})[1]
+    return state['step'], state['steps'], differs
+
+def what_is_missing(cell):
+    """(what is to be done: '', 'scoring' or 'training'; why, in words)."""
+    words = []
+    if cell.result.exists():
+        words = [f'stale: {why_stale(cell, json.loads(cell.result.read_text()))[1]}']
+        if words == ['stale: ']:
             return '', ''
-        step, steps = self.progress()
-        if step == steps:
-            return 'scoring', differs or 'trained'
-        return 'training', differs or (f'trained to step {step} of {steps}' if step else '')
 
-    def checkpoint(self):
-        """(its run's checkpoint dict, what of its settings differs from the row's); ({}, '') if there is none."""
-        if not (self.run / 'ckpt.pt').exists():
-            return {}, ''
-        state = models.load_checkpoint(self.run / 'ckpt.pt')
-        there = {'run': {'settings': plain(state['config'] | state['options'])}, 'probe': self.settings()[1]}
-        return state, self.why_stale(there)[1]
+    step, steps, differs = progress(cell)
+    if differs:
+        words.append(f'delete {cell.run} first, a run of other settings: {differs}')
+    elif step:
+        words.append(f'trained to step {step} of {steps}')
+    return 'scoring' if step == steps and not differs else 'training', '; '.join(words)
 
-    def progress(self):
-        """(step its training has reached, steps)."""
-        state, differs = self.checkpoint()
-        return (state['step'], state['steps']) if state and not differs else (0, 1)
+# --- making cells
 
-    def set_aside(self):
-        """Move a run of other settings out of the way: train.py would refuse to go on with it."""
-        if self.checkpoint()[1]:
-            old = self.run.with_name(self.run.name + '.old')
-            if old.exists():
-                raise ValueError(f'{self.run} is of other settings, and {old} is there already: delete one')
-            self.run.rename(old)
+def make(cell, log, stop):
+    """Run the commands of a cell, which do nothing if it is done, and keep its eval.json -> that.
 
-    def make(self, gpus, log):
-        """Simulate, train, score, and keep what was found in results/. gpus: their numbers; log: file, or None."""
-        self.run.parent.mkdir(exist_ok=True)
-        lockfile = self.run.with_name(self.name + '.lock')
-        lockfile.touch()
-        with alone_in(lockfile) as lock:                                 # children hold it, too, and may outlive us
-            execute = lambda command, ranks: self.execute(command, gpus, log, lock, ranks)
-            self.set_aside()
-            if self.preset != 'paper':
-                execute(self.simulate, 1)
-            execute(self.train, len(gpus))                               # nothing, if it is finished
-            table = self.run / 'eval.json'
-            known = json.loads(table.read_text()) if table.exists() else {}
-            if (known.get('split') != 'test' or table.stat().st_mtime < (self.run / 'ckpt.pt').stat().st_mtime
-                    or self.why_stale(known)[0]):
-                execute(self.evaluate, len(gpus))
-                known = json.loads(table.read_text())
-            if self.preset != 'paper' and set(known['seeds'].values()) != {self.seed}:
-                raise ValueError(f'{table} is of other seeds, {known["seeds"]}: delete {self.data}')
-            known['cost'] = {'gflop_per_window': self.gflop_per_window()}
-            self.result.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.result, json.dumps(known, indent=1))
-        return known
-
-    def gflop_per_window(self):
-        """Counted on the CPU, on one micro-batch, or two windows of the paper's."""
-        c, _, options = config.parse([*self.train[1:], '--device', 'cpu'], '')
-        c.batch = c.micro_batch = 2 if self.preset == 'paper' else c.micro_batch
-        with COUNTING:
-            return bench_steps.gflop_per_window(c, options)
-
-    def execute(self, command, gpus, log, lock, ranks):
-        """Run a script of ours; ValueError if it fails, having said why."""
-        if self.stopped.is_set():
+    log: a file for what they print, or None. stop: an Event; if it is set, no command is run.
+    Raises ValueError if a command fails, or if there is a run of other settings.
+    """
+    def execute(command):
+        if stop.is_set():
             raise ValueError('interrupted')
-        environment = {'OMP_NUM_THREADS': '1', **os.environ}
-        if gpus:
-            environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
-        start = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
         print('$ python', *command, file=log, flush=True)
-        done = subprocess.run([sys.executable, *start, HERE / command[0], *command[1:]], env=environment, stdout=log,
-                              stderr=log, pass_fds=[lock] if lock is not None else [])
+        done = subprocess.run([sys.executable, report.HERE / command[0], *command[1:]], stdout=log,
+                              stderr=log, env={'OMP_NUM_THREADS': '1', **os.environ})
+
         if done.returncode:
             where = f': {log.name} says why' if log else ''
             raise ValueError(f'python {" ".join(command)} failed{where}')
 
+    lock = cell.run.with_name(f'{cell.name}.lock')
+    lock.touch()
+    with alone_in(lock):                                                 # nobody else makes it
+        if differs := progress(cell)[2]:
+            raise ValueError(f'{cell.run} is a run of other settings ({differs}): delete it')
+        if cell.preset != 'paper':
+            execute(cell.simulate)
+        execute(cell.train)
 
-def plain(settings):
-    """Settings as a JSON file gives them back."""
-    return json.loads(json.dumps(settings))
+        # score, unless that was done since, in the same way
+        table, result = cell.run / 'eval.json', {}
+        if table.exists() and table.stat().st_mtime >= (cell.run / 'ckpt.pt').stat().st_mtime:
+            result = json.loads(table.read_text())
+        if result.get('split') != 'test' or why_stale(cell, result)[0]:
+            execute(cell.evaluate)
+            result = json.loads(table.read_text())
 
+        # other data may lie there
+        if cell.preset != 'paper' and set(result['seeds'].values()) != {cell.seed}:
+            raise ValueError(f'{table} is of other seeds, {result["seeds"]}: delete {cell.data}')
 
-# ---------------------------------------------------------------------------------------------
-# the plan
+        # what it cost: counted for a micro-batch, or for two of the paper's large windows
+        c, _, options = train.parse([*cell.train[1:], '--device', 'cpu'], '')
+        c.batch = c.micro_batch = 2 if cell.preset == 'paper' else c.micro_batch
+        with ONE_AT_A_TIME:
+            result['cost'] = {'gflop_per_window': speed.gflop_per_window(c, options)}
+        cell.result.parent.mkdir(parents=True, exist_ok=True)
+        write_text(cell.result, json.dumps(result, indent=1))
+    return result
 
-def named(names, args):
-    """The cells of groups, rows and cells by name; of the preset's own tables, if there are none. No cell twice."""
-    if args.preset not in GROUPS:
-        raise ValueError(f'unknown preset {args.preset!r}: choose from {", ".join(GROUPS)}')
-    groups = GROUPS[args.preset]
-    names = list(names) or list(groups)
-    rows = [row for name in names for row in groups.get(name, [name])]
-    cells = [name for k in range(args.seeds) for name in rows if '-seed' not in name for name in [f'{name}-seed{k}']]
-    return [Cell(name, args) for name in dict.fromkeys(cells + [name for name in rows if '-seed' in name])]
-
-
-def seconds_of(cell, what, results):
-    """How long a cell should take, by results of its row, in this system or in any, or of its model; None without."""
-    step, steps = cell.progress()
-    left = {'training': 1 - step / max(1, steps), 'scoring': 0.0}[what]
-    own = cell.settings()[0]
-    alike = lambda system, row: [r for name, r in results.items() if re.fullmatch(f'{system}-{row}-seed[0-9]+', name)]
-    of_model = [r for r in results.values() if r['run']['model'] == own['model'] and r['run']['preset'] == cell.preset
-                and r['run']['settings']['supervised'] == own['supervised']]
-    alike = alike(cell.system, cell.row) or alike('[a-z_]+', cell.row) or of_model
-    times = [left * r['run']['train_seconds'] + r['seconds'] for r in alike]
-    return sum(times) / len(times) if times else None
-
-
-def show_plan(todo, cells, args, jobs):
-    """Print a line for each cell that is not there, and the sum of their minutes."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(Path(args.results).glob('*-seed*.json'))}
-    times = [seconds_of(cell, what, results) for cell, what, _ in todo]
-    width = max([len(cell.name) for cell in cells]) + 2
-    for (cell, what, words), seconds in zip(todo, times):
-        stale = 'stale: ' * cell.result.exists()
-        shown = '  ? min' if seconds is None else f'{seconds / 60:3.0f} min'
-        print(f'{cell.name:{width}} {shown}   {what}' + (f' ({stale}{words})' if words else ''))
-    known = sum(filter(None, times))
-    unknown = f', and {times.count(None)} cells of unknown time' if None in times else ''
-    print(f'{len(cells) - len(todo)} of {len(cells)} cells are there; the others take {known / 3600:.1f} hours of one '
-          f'job{unknown}, here with {jobs}: {known / 3600 / jobs:.1f}. Times are those of earlier cells.')
-    missing = {f'{cell.data}/{cell.system}' for cell, _, _ in todo
-               if cell.preset != 'paper' and not Path(cell.data, cell.system, 'stats.yaml').exists()}
-    if missing:
-        print(f'Before that, minutes each, these are simulated: {", ".join(sorted(missing))}.')
-
-
-def make_all(todo, jobs, gpus):
-    """Make the cells, `jobs` at once; returns {name of a cell: why it failed}."""
-    places, failed, started = queue.SimpleQueue(), {}, time.time()
-    for k in range(jobs):
-        places.put(gpus[k::jobs])
+def make_all(cells, jobs):
+    """Make the cells, `jobs` at once -> {name of a cell: why it failed}."""
+    failed, done, stop = {}, [], threading.Event()
 
     def work(cell):
-        own, begun = places.get(), time.time()
+        if stop.is_set():                                                # Ctrl-C
+            return
         try:
-            cell.run.parent.mkdir(exist_ok=True)
-            with open(cell.run.parent / f'{cell.name}.log', 'a') if jobs > 1 else nullcontext() as log:
+            cell.run.parent.mkdir(exist_ok=True)                         # rows/
+            log_file = cell.run.with_name(f'{cell.name}.log')
+            with open(log_file, 'a') if jobs > 1 else nullcontext() as log:
                 say(f'{cell.name}: starts')
-                found = cell.make(own, log)
-        finally:
-            places.put(own)
-        errors = ', '.join(f'{p} {e["mean"]:.3f}' for p, e in found['rows'][found['row']].items())
-        return f'{errors}; {(time.time() - begun) / 60:.1f} min'
+                result = make(cell, log, stop)
+            errors = result['rows'][result['row']]
+            words = ', '.join(f'{p} {error["mean"]:.3f}' for p, error in errors.items())
+        except Exception as e:                                           # the others go on
+            failed[cell.name] = words = f'failed, {e}'
+
+        done.append(cell)
+        say(f'{cell.name}: {words}. {len(done)} of {len(cells)}')
 
     with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(work, cell): cell for cell in todo}
         try:
-            for n, future in enumerate(as_completed(pending), 1):
-                cell = pending[future]
-                try:
-                    words = future.result()
-                except Exception as e:                                   # out of memory, too: the others go on
-                    failed[cell.name] = words = f'failed, {e}'
-                left = (time.time() - started) / n * (len(todo) - n) / 3600
-                say(f'{cell.name}: {words}. {n} of {len(todo)}, about {left:.1f} hours to go')
-        except BaseException:                                            # Ctrl-C: no other script starts
-            for cell in todo:
-                cell.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            list(pool.map(work, cells))
+        finally:
+            stop.set()
     return failed
 
+def tables_of(names, preset, results):
+    """Markdown of the parts (none: all of the preset), rows and cells that were asked for."""
+    groups = GROUPS[preset]
+    asked, tables = names or [*groups], []
+    if {'paper-tables', 'fewer-labels'} & {*asked}:
+        tables += [report.table_one(results, preset), report.cost_table(results, preset)]
+        for system in sorted({result['system'] for result in results.values()}):
+            tables += [report.labels_table(results, system, preset),
+                       report.carried_table(results, system, preset)]
+
+    if 'latents-or-pixels' in asked:
+        tables.append(report.side_by_side(results))
+    rows = [row for name in asked if name == 'longest' or name not in groups
+            for row in groups.get(name, [name])]
+    tables += [report.summary(results, [row]) for row in rows if report.seeds_of(results, row)]
+    return '\n\n'.join(tables)
 
 @script
 def main(argv=None):
-    about = '\n'.join(f'  {group} (--preset {preset}): {len(rows)} rows'
-                      for preset, groups in GROUPS.items() for group, rows in groups.items())
-    args, names = parse(f'{__doc__}\nparts:\n{about}', Settings, argv, names=dict(
+    args, names = parse(__doc__, Settings, argv, names=dict(
         nargs='*', help='parts, rows or cells (default: all)'))
     at_least(args, 1, 'seeds')
     at_least(args, 0, 'jobs')
-    count = torch.cuda.device_count()                                    # of those that we are to see
-    gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(count)))).split(',')[:count]
-    jobs = args.jobs or len(gpus) or os.cpu_count()
-    if len(gpus) % jobs and gpus:
-        raise ValueError(f'{jobs} jobs cannot share {len(gpus)} GPUs evenly: choose another --jobs')
-    cells = named(names, args)
+
+    # what is missing? the paper's sizes are for The Well's files
+    cells, todo = find_cells(names, args), []
     for cell in cells:
-        if cell.preset == 'paper' and not any(find_dataset(cell.system, cell.data)[0].glob('data/*/*.h*5')):
+        root, _, _ = find_dataset(cell.system, cell.data)
+        if cell.preset == 'paper' and not any(root.glob('data/*/*.h*5')):
             raise ValueError(f'no {cell.system} under {cell.data}: README.md says how to get it')
-    todo = [(cell, *state) for cell in cells if (state := cell.state())[0]]
-    show_plan(todo, cells, args, jobs)
+
+        what, why = what_is_missing(cell)
+        if what:
+            todo.append(cell)
+            print(f'{cell.name}: {what}' + (f' ({why})' if why else ''))
+    print(f'{len(cells) - len(todo)} of {len(cells)} cells are there.')
     if args.dry_run:
         return
-    failed = make_all([cell for cell, _, _ in todo], jobs, gpus)
-    try:
-        print(report.tables_of(names, args.preset, Path(args.results)))
-        if Path(args.results).resolve() == HERE / 'results':
-            report.write_pages(HERE / 'results')
-    except ValueError as e:                                              # a row of which a part is stale, perhaps
-        failed['tables'] = f'not made, {e}'
+
+    # make it, and the tables
+    failed = make_all(todo, args.jobs or (1 if torch.cuda.is_available() else os.cpu_count()))
+    results = report.read_cells(args.results)
+    print(tables_of(names, args.preset, results))
+    if Path(args.results).resolve() == report.HERE / 'results' / 'cells':
+        report.write_pages(results)
     if failed:
         raise ValueError('; '.join(f'{name}: {why}' for name, why in failed.items()))
-
 
 if __name__ == '__main__':
     main()

@@ -1,26 +1,23 @@
 """
-Tables over seeds, of results/*.json, in Markdown: those of README.md, NOTES.md and results/README.md.
+Tables over seeds, in Markdown: those of README.md, docs/notebook.md and results/README.md.
 
-    python report.py              # write every table in these pages anew
-    python report.py --check      # only say whether they are what results/ gives
+    python -m benchmark.report              # write every table of these pages anew
+    python -m benchmark.report --check      # only say whether they are what results/cells/ gives
 
 A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. The words:
 
-    NAME NAME           rows (rows.py): the files results/NAME-seed*.json; NAME-seed0 for one of them
-    parameters          among names: a column for each parameter
-    table-1 [PROBE ..]  models by systems, beside the paper's numbers; of some probes
-    latents-or-pixels   that experiment's rows, its systems side by side
-    labels SYSTEM       errors by the share of labels that the probes had
-    carried SYSTEM      errors at unseen parameters, and on spoilt fields
-    cost                what the models of table 1 cost
+    NAME NAME                      rows of the benchmark; after `parameters`, with each parameter
+    table-1, summary-table PROBE   models by systems, beside the paper's numbers; the same in short
+    cost, latents-or-pixels        what these models cost; another experiment, by systems
+    labels SYSTEM, carried SYSTEM  by the share of labels; at unseen parameters, on spoilt fields
 
-Cells are means and standard deviations over seeds; `~`, for a trained encoder, says that it is not better than its
-random weights by two standard deviations of the difference.
+A number is the mean over seeds ± its standard deviation. `~`: training did not clearly help. The
+gain over the same encoder's random weights is less than two standard deviations of that gain.
 """
 import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from common import option, parse, script, write_text
@@ -28,396 +25,354 @@ from common import option, parse, script, write_text
 import numpy as np
 
 import model as models
-from config import MAY_CHANGE
-from rows import EXPERIMENT, FEWER, GROUPS, PAPER_TABLES
+from benchmark.generalize import number
+from eval import PROBES, SHARED, interval
 from systems import system_names
-from tables import PROBES, SHARED, interval, number
+from train import GONE, MAY_CHANGE
 
-HERE = Path(__file__).resolve().parent
-PAGES = 'README.md', 'NOTES.md', 'results/README.md'
-
+HERE = Path(__file__).resolve().parent.parent
+PAGES = 'README.md', 'docs/notebook.md', 'results/README.md'
+PAPER_TABLES = {                            # rows of table 1, of each preset
+    'nano': ['jepa-nano-vicreg', 'videomae-nano', 'mpp-nano', 'disco-nano',
+             'jepa-nano-short-supervised'],
+    'paper': ['jepa-paper', 'videomae-paper', 'mpp-paper', 'disco-paper', 'jepa-paper-supervised'],
+    'smoke': ['jepa-smoke', 'videomae-smoke', 'mpp-smoke', 'disco-smoke']}
+FEWER = {                                   # encoders that learn from a share of the labels
+    'nano': {f'jepa-nano-short-supervised-{n}': n / 100 for n in (1, 2, 5, 10, 20, 50)},
+    'paper': {f'jepa-paper-supervised-{n}': n / 100 for n in (10, 50)}, 'smoke': {}}
+EXPERIMENT = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in (
+    'jepa-nano-paired', 'pixels-nano', 'jepa-nano-vicreg', 'jepa-nano-sigreg', 'jepa-nano-ema',
+    'jepa-nano-infonce', 'jepa-nano-short-supervised', 'vjepa-nano-block', 'vjepa-nano-random',
+    'vjepa-nano-temporal', 'videomae-nano', 'vjepa-nano-supervised')]
 
 @dataclass
 class Settings:
-    check: bool = option(False, 'write nothing; exit code 2 if a table is not what results/ gives', 'what', bare=True)
+    check: bool = option(False, 'write nothing; exit code 2 if a table is wrong', 'what', bare=True)
 
+def read_cells(folder):
+    """{name: eval.json} of all cells SYSTEM-ROW-seedN of a folder, by name."""
+    return {path.stem: json.loads(path.read_text())
+            for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
 
-# ---------------------------------------------------------------------------------------------
-# over seeds
+def seeds_of(cells, name):
+    """The cells of all seeds of a row SYSTEM-ROW, or one cell: {name: eval.json}."""
+    return {cell: result for cell, result in cells.items()
+            if cell == name or re.fullmatch(f'{name}-seed[0-9]+', cell)}
 
-def result_files(name, folder):
-    """The results of all seeds of a row SYSTEM-ROW, or of one cell, SYSTEM-ROW-seedN."""
-    return sorted(folder.glob(f'{name}-seed[0-9]*.json')) or sorted(folder.glob(f'{name}.json'))
+def read_records(cells, names, variants=True):
+    """{system: {title: {seeds: record}}} of the encoders of those rows that have results.
 
-
-def collect(names, folder, variants=True):
-    """({title: [(errors, errors by run, of the run) of each seed]}, an eval.json) of the files of all names.
-
-    Of the run: what eval.json says of it, its rank, cost and parameters; for rows that are not of the trained encoder
-    only how they carry (`generalization`), if that is there. variants: titles say how a row differs from its preset.
+    A record: `error` {column: {probe: error}}; `labels`, `values`, `inputs` of --generalize, alike;
+    `by_run`; of a trained encoder the eval.json as `result`. variants: titles say how rows differ.
+    Raises ValueError for results that one table cannot compare.
     """
-    rows, first = defaultdict(dict), None                                # by title, then by seeds
+    found, seen = {}, {}
     for name in names:
-        files = result_files(name, folder)
-        if not files:
-            raise ValueError(f'no {folder}/{name}-seed*.json')
-        same, variant = None, re.sub('-seed[0-9]+$', '', name).partition('-nano')[2].lstrip('-') * variants
-        for file in files:
-            r = json.loads(file.read_text())
-            first, same = first or r, same or r
-            check_alike(r, first, same, file)
-            start = r['run']['settings'].get('init')
-            own_name = r['row'].endswith(variant.rpartition('-')[2])     # as of one trained with labels
-            title = ', '.join(filter(None, [r['row'], variant * (not own_name), start and f'from {start}']))
-            for row in (row for row in r['by_run'] if row != 'predict the mean'):
-                carried = r.get('generalization', {}).get(row)
-                of_run = {'generalization': carried} if carried else {}
-                if row == r['row']:
-                    of_run |= r['run'] | {k: r.get(k) for k in ('rank', 'parameters', 'cost')}
-                found = r['rows'][row], r['by_run'][row], of_run
-                seeds, plain = tuple(r['seeds'].values()), f'{r["row"].partition(",")[0]}: {row}'
-                if row in SHARED:                                        # once for each dataset, whatever the model
-                    known = rows[row].setdefault(r['seeds']['data'], found)
-                    if not same_as(known, found):
-                        raise ValueError(f'{file}: its {row} are not those of other results of data seed '
-                                         f'{r["seeds"]["data"]}: they are of other data')
-                    continue
-                own = title + row.removeprefix(r['row']) if row.startswith(r['row']) else f'{title}: {row}'
-                if row == 'random init' and same_as(rows[plain].setdefault(seeds, found), found):
-                    continue                                             # variants begin with the same weights
-                if seeds in rows[own]:
-                    raise ValueError(f'{file}: there is another result of {own} with these seeds')
-                rows[own][seeds] = found
-    return {title: list(found.values()) for title, found in rows.items()}, first
+        for cell, result in seeds_of(cells, name).items():
+            check_alike(cell, result, seen)
 
-
-def same_as(known, found):
-    """Have two results the same errors? Then the first learns what else the second says."""
-    if known[:2] == found[:2]:
-        known[2].update(found[2])
-    return known[:2] == found[:2]
-
-
-def no_better(values, random):
-    """Are several seeds' errors not below those of random weights by two standard deviations of the difference?"""
-    if min(len(values), len(random)) < 2:
-        return False
-    return bool(np.mean(random) - np.mean(values) < 2 * np.hypot(np.std(random, ddof=1), np.std(values, ddof=1)))
-
-
-def summary(names, folder):
-    """A Markdown table of the runs results/NAME-seed*.json of each name: mean and standard deviation over the seeds.
-
-    `~` marks what is not below the model's random weights by two standard deviations of their difference. Raises
-    ValueError for files that are missing, or that one table cannot compare.
-    """
-    each, names = 'parameters' in names, [name for name in names if name != 'parameters']
-    rows, first = collect(names, folder)
-    columns = [*first['labels'], 'mean'] if each else ['mean']
-    head, lines = [f'{p}: {c}' if each else p for p in PROBES for c in columns], []
-    for title, found in rows.items():
-        cells = []
-        for p in PROBES:
-            for c in columns:
-                cells.append(cell(found, floor_of(title, rows), p, c))
-                if cells[-1] != '-' and c == 'mean':
-                    cells[-1] += ' [{:.3f}, {:.3f}]'.format(*interval(sum((runs[p] for _, runs, _ in found), [])))
-        windows = sorted({of_run['windows_seen'] for _, _, of_run in found if 'windows_seen' in of_run})
-        seen = ' to '.join(f'{w:,}' for w in dict.fromkeys((windows[0], windows[-1]))) if windows else '-'
-        lines.append([title, str(len(found)), seen, *cells])
-    return markdown([first['system'], 'seeds', 'windows seen', *head], lines)
-
-
-def floor_of(title, rows):
-    """The seeds of the random weights that a row began with: fine-tuned as well, if it was, and there are such."""
-    model, comma, rest = title.partition(',')
-    return rows.get(f'{model}: random init{comma}{rest}', rows.get(f'{model}: random init', []))
-
-
-def cell(seeds, random, p, column):
-    """Mean and spread over seeds of a column's errors under a probe, and `~`, if they are no better than random's."""
-    values, floor = ([e[p][column] for e, _, _ in found if p in e] for found in (seeds, random))
-    return shown(values) + ' ~' * no_better(values, floor)
-
-
-def shown(values):
-    """Mean and standard deviation, as in a cell."""
-    if not values:
-        return '-'
-    return number(np.mean(values)) + (f' ± {number(np.std(values, ddof=1))}' if len(values) > 1 else '')
-
-
-def markdown(head, rows):
-    """A table of cells of text."""
-    line = lambda row: '| ' + ' | '.join(row) + ' |'
-    return '\n'.join([line(head), '|---' * len(head) + '|', *map(line, rows)])
-
-
-def ordered(found, marks=(', fine-tuned', 'supervised', 'random init', 'field statistics')):
-    """Titles of {system: {title: ..}}: first those without any of the marks, then by the last of the marks in them."""
-    place = lambda title: max((i + 1 for i, mark in enumerate(marks) if mark in title), default=0)
-    return sorted(dict.fromkeys(title for rows in found.values() for title in rows), key=place)
-
-
-def of_experiment(folder):
-    """{system: what `collect` gives first}, of the rows of "latents or pixels" of which there are results."""
-    names = defaultdict(list)
-    for name in EXPERIMENT:
-        if result_files(name, folder):
-            names[name.partition('-')[0]].append(name)
-    return {system: collect(own, folder)[0] for system, own in names.items()}
-
-
-def side_by_side(folder):
-    """A Markdown table of that experiment: errors are means over a system's parameters, `~` and ± as in `summary`.
-
-    Floors and ceilings come last. Effective rank: of the mean tokens of all training windows, and of how many channels,
-    a number for each system.
-    """
-    found = of_experiment(folder)
-    lines, shown = [], []
-    for title in ordered(found, ('random init', 'supervised', 'field statistics')):
-        errors = [[e for e, _, _ in rows.get(title, [])] for rows in found.values()]
-        if errors in shown:                                              # two models' encoders may begin alike
-            continue
-        shown.append(errors)
-        cells, ranks = [], []
-        for rows in found.values():
-            seeds = rows.get(title, [])
-            cells += [cell(seeds, floor_of(title, rows), p, 'mean') for p in PROBES]
-            own = [of_run['rank'] for _, _, of_run in seeds if of_run.get('rank')]
-            ranks.append(f'{np.mean([rank["effective"] for rank in own]):.1f} of {own[0]["of"]}' if own else '-')
-        lines.append([title, *cells, ' / '.join(ranks)])
-    return markdown(['', *(f'{s}: {p}' for s in found for p in PROBES), 'effective rank'], lines)
-
-
-# ---------------------------------------------------------------------------------------------
-# the paper's tables
-
-def of_paper(preset, folder):
-    """{system: what `collect` gives first} of the rows of table 1, of which there are results."""
-    found = {}
-    for system in system_names():
-        names = [f'{system}-{row}' for row in PAPER_TABLES[preset]]
-        names = [name for name in names if result_files(name, folder)]
-        if names:
-            found[system] = collect(names, folder, variants=False)[0]
+            # the title of what was trained: model, variant (unless its name has it), start
+            variant = cell.rpartition('-seed')[0].partition('-nano')[2].lstrip('-')
+            if not variants or result['row'].endswith(variant.rpartition('-')[2]):
+                variant = ''
+            start = result['run']['settings'].get('init')
+            title = ', '.join(filter(None, [result['row'], variant, start and f'from {start}']))
+            add_records(found.setdefault(name.partition('-')[0], {}), cell, result, title)
     return found
 
+def paper_records(cells, preset='nano'):
+    """The same of the rows of table 1."""
+    names = [f'{system}-{row}' for system in system_names() for row in PAPER_TABLES[preset]]
+    return read_records(cells, names, variants=False)
 
-def table_one(preset, folder, probes=PROBES):
-    """Markdown: models by systems, with the numbers that the paper has (on valid of The Well)."""
-    found = of_paper(preset, folder)
-    published = {}                                                       # by title and system
-    for name in models.model_names():
-        m = models.find_model(name)
-        title = models.title(name) + ', fine-tuned' * getattr(m, 'PAPER_FINETUNED', False)
-        published |= {(title, system): f'{value:.3f}' for system, value in getattr(m, 'PAPER', {}).items()}
-    rows = []
-    wanted = {models.title(model) + ', supervised' * ('supervised' in rest): {}
-              for model, _, rest in (row.partition('-') for row in PAPER_TABLES[preset])}
-    for title in ordered({'': wanted, **found}):
-        rows.append([title])
-        for system, own in found.items():
-            seeds, plain = own.get(title, []), title.replace(', fine-tuned as in the paper', ', fine-tuned')
-            rows[-1] += [published.get((plain, system), '-')] + [cell(seeds, floor_of(title, own), p, 'mean')
-                                                                 for p in probes]
-    rows.append(['predict the mean'] + ['-', *['1'] * len(probes)] * len(found))
-    return markdown(['', *(f'{system}: {c}' for system in found for c in ('the paper', *probes))], rows)
+def check_alike(cell, result, seen):
+    """Raise ValueError if a result is unlike the first of its table, or the first of its row.
 
-
-def label_curves(system, folder, preset='nano'):
-    """{(title, probe): {fraction: errors of the seeds}} of generalize.py, and of what was trained with fewer labels.
-
-    Where that was measured, there are the attentive probe's errors of the same random weights as well.
+    seen: {what was compared: its settings}. A setting that a result does not have is not compared.
     """
-    curves = defaultdict(lambda: defaultdict(list))
-    rows = of_paper(preset, folder).get(system, {})
-    for title in ordered({system: rows}):
-        for errors, _, of_run in rows[title]:
-            for fraction, by_probe in of_run.get('generalization', {}).get('labels', {}).items():
-                for p, error in by_probe.items():
-                    if 'supervised' not in title:                        # its encoder has seen all labels
-                        curves[title, p][float(fraction)].append(error)
+    if result['split'] != 'test':
+        raise ValueError(f'{cell}.json was not scored on test: python eval.py --split test')
+
+    # all results of a table were probed alike; those of a row differ in seeds and folders alone
+    probe, free = result['probe'], {'seed', *GONE, *MAY_CHANGE} - {'steps', 'epochs'}
+    table = {k: result[k] for k in ('system', 'labels', 'stride', 'windows')}
+    table |= {k: v for k, v in probe.items() if k in ('probe', 'epochs', 'mlp_ratio', 'fractions')}
+    table['field'] = result['field'].partition(',')[0]                   # in tiles or not
+    row = result['run']['settings'] | {k: probe.get(k) for k in ('finetune', 'finetune_lr')}
+    row = {k: v for k, v in row.items() if k not in free}
+
+    for name, settings in {cell.partition('-')[0]: table, cell.rpartition('-')[0]: row}.items():
+        first = seen.setdefault(name, settings)
+        for k, value in settings.items():
+            if value != first.get(k, value):
+                raise ValueError(f'{cell}.json: {k} is {value}; in the first of {name}: {first[k]}')
+
+def add_records(records, cell, result, own):
+    """Add those of a cell: of the encoder with the title `own`, its random weights, statistics.
+
+    Raises ValueError if other errors, or those of another training, have the same place.
+    """
+    floor = result['row'].partition(',')[0] + ': random init'
+    for encoder, by_run in result['by_run'].items():
+        rows = result['rows'][encoder]
+        errors = {c: {p: rows[p][c] for p in rows} for c in (*result['labels'], 'mean')}
+        new, seeds = {'by_run': by_run, 'error': errors}, tuple(result['seeds'].values())
+
+        # statistics belong to the data; variants of a model begin with the same weights
+        title, begun = f'{own}: {encoder}', records.get(floor, {}).get(seeds, new)
+        if encoder.startswith(result['row']):
+            title = own + encoder.removeprefix(result['row'])
+        elif encoder in SHARED:
+            title, seeds = encoder, (result['seeds']['data'],)
+        elif encoder == 'random init' and begun | new == begun:
+            title = floor
+
+        # these stand in a table once, and all cells must agree
+        if encoder != 'predict the mean':
+            record = records.setdefault(title, {}).setdefault(seeds, new)
+            alone = encoder not in (*SHARED, 'random init')              # one training, one place
+            if record | new != record or alone and record is not new:
+                raise ValueError(f'{cell}.json: there is another result of {title} with these '
+                                 f'seeds, perhaps of other data')
+            record |= result.get('generalization', {}).get(encoder, {})
+            if encoder == result['row']:
+                record['result'] = result
+
+def errors_of(records, title, probe, column='mean', kind='error'):
+    """The errors of all seeds."""
+    found = [record.get(kind, {}).get(column, {}) for record in records.get(title, {}).values()]
+    return [errors[probe] for errors in found if probe in errors]
+
+def columns_of(records, kind):
+    """All columns of a kind: of `error` the parameters, of `labels` the shares."""
+    every = [record for seeds in records.values() for record in seeds.values()]
+    return list(dict.fromkeys(column for record in every for column in record.get(kind, {})))
+
+def results_of(records, title):
+    """The eval.json of each seed of an encoder that was trained."""
+    return [one['result'] for one in records.get(title, {}).values() if 'result' in one]
+
+def floor_of(title, records):
+    """The title of the random weights that an encoder began with, fine-tuned if it was."""
+    model, comma, rest = title.partition(',')
+    tuned = f'{model}: random init{comma}{rest}'
+    return tuned if tuned in records else f'{model}: random init'
+
+def no_better(errors, random):
+    """Are errors of several seeds not below those of random weights, by two standard deviations?"""
+    if min(len(errors), len(random)) < 2:
+        return False
+    spread = np.hypot(np.std(random, ddof=1), np.std(errors, ddof=1))
+    return bool(np.mean(random) - np.mean(errors) < 2 * spread)
+
+def show(errors):
+    """Mean and standard deviation over seeds."""
+    spread = f' ± {number(np.std(errors, ddof=1))}' if len(errors) > 1 else ''
+    return number(np.mean(errors)) + spread if errors else '-'
+
+def show_error(records, title, probe, column='mean'):
+    """The same of an encoder, with `~` if it is no better than its random weights."""
+    errors = errors_of(records, title, probe, column)
+    floor = errors_of(records, floor_of(title, records), probe, column)
+    return show(errors) + (' ~' if no_better(errors, floor) else '')
+
+def markdown(table):
+    """Of {head: texts of its column}."""
+    lines = [f'| {" | ".join(texts)} |' for texts in (table, *zip(*table.values()))]
+    return '\n'.join([lines[0], '|---' * len(table) + '|', *lines[1:]])
+
+def order_titles(titles, marks=(', fine-tuned', 'supervised', 'random init', 'field statistics')):
+    """Each title once: first those without a mark, then by the last of the marks in them."""
+    def place(title):
+        return max((i + 1 for i, mark in enumerate(marks) if mark in title), default=0)
+    return sorted(dict.fromkeys(titles), key=place)
+
+def summary(cells, names):
+    """Some rows: an error of each probe, and its 95% interval over the runs of the test split."""
+    rows = [name for name in names if name != 'parameters']
+    for name in rows:
+        if not seeds_of(cells, name):
+            raise ValueError(f'no results of {name}: python -m benchmark.cells {name} makes them')
+    records, = read_records(cells, rows).values()
+    results = [results_of(records, title) for title in records]          # [] of random weights
+    table = {results[0][0]['system']: records, 'seeds': [str(len(own)) for own in records.values()]}
+    windows = [own[0]['run']['windows_seen'] if own else '-' for own in results]
+    table['windows seen'] = [n if n == '-' else f'{n:,}' for n in windows]
+
+    # errors; of the mean, the interval as well
+    columns = columns_of(records, 'error') if 'parameters' in names else ['mean']
+    for p, column in product(PROBES, columns):
+        texts = [show_error(records, title, p, column) for title in records]
+        for i, own in enumerate(records.values()):
+            if column == 'mean' and texts[i] != '-':
+                errors = sum((one['by_run'][p] for one in own.values()), [])         # of all seeds
+                texts[i] += ' [{:.3f}, {:.3f}]'.format(*interval(errors))
+        table[p if columns == ['mean'] else f'{p}: {column}'] = texts
+    return markdown(table)
+
+def side_by_side(cells):
+    """What was predicted, by system. Effective rank: of how many channels of the mean tokens."""
+    found, titles = read_records(cells, EXPERIMENT), {}
+    for title in order_titles([title for records in found.values() for title in records],
+                              ('random init', 'supervised', 'field statistics')):
+        # encoders of two models may begin with the same weights
+        errors = [errors_of(records, title, p) for records in found.values() for p in PROBES]
+        titles.setdefault(str(errors), title)
+
+    table, ranks = {'': titles.values()}, []
+    for system, records in found.items():
+        for p in PROBES:
+            table[f'{system}: {p}'] = [show_error(records, title, p) for title in titles.values()]
+        ranks.append([])                                                 # of this system
+        for title in titles.values():
+            own = [r['rank'] for r in results_of(records, title) if r.get('rank')]
+            mean = np.mean([rank['effective'] for rank in own]) if own else 0
+            ranks[-1].append(f'{mean:.1f} of {own[0]["of"]}' if own else '-')
+    return markdown(table | {'effective rank': [' / '.join(texts) for texts in zip(*ranks)]})
+
+def table_one(cells, preset='nano', short=''):
+    """Models by systems, with the paper's numbers, which are on valid of The Well.
+
+    short: a probe. Then only its errors, of the models and of JEPA's random weights.
+    """
+    found = paper_records(cells, preset)
+    titles = [models.title(row.partition('-')[0]) + (', supervised' if 'supervised' in row else '')
+              for row in PAPER_TABLES[preset]]
+    if short:
+        titles.append(f'{models.title(models.DEFAULT)}: random init')
+        return markdown({'': titles} | {system: [show_error(records, t, short) for t in titles]
+                                        for system, records in found.items()})
+
+    published = {}
+    for name, errors in models.PUBLISHED.items():
+        tuned = ', fine-tuned' if name in models.FINETUNED_IN_PAPER else ''
+        published |= {(models.title(name) + tuned, system): f'{error:.3f}'
+                      for system, error in errors.items()}
+
+    # each model of the table, made or not, and what its cells found besides
+    titles = order_titles(titles + [title for records in found.values() for title in records])
+    table = {'': [*titles, 'predict the mean']}
+    for system, records in found.items():
+        plain = [t.replace('fine-tuned as in the paper', 'fine-tuned') for t in titles]
+        table[f'{system}: the paper'] = [published.get((t, system), '-') for t in plain] + ['-']
+        for p in PROBES:
+            table[f'{system}: {p}'] = [show_error(records, t, p) for t in titles] + ['1']
+    return markdown(table)
+
+def label_curves(cells, system, preset='nano'):
+    """{(title, probe): {share of the labels: errors of the seeds}}, of probes and encoders alike.
+
+    An encoder trained with labels has its own share of them: `from scratch`. Where that was
+    measured, the same random weights have errors of the attentive probe, too.
+    """
+    of_share, curves = {1.0: paper_records(cells, preset).get(system, {})}, {}
+    for row, share in FEWER[preset].items():
+        of_share |= {share: read_records(cells, [f'{system}-{row}'], False).get(system, {})}
+    fewer = {title for share, records in of_share.items() for title in records if share < 1}
+
+    for share, records in of_share.items():
+        for title, p in product(records, PROBES):
+            own, name = {share: errors_of(records, title, p)}, title
             if title.endswith('supervised'):
-                for p in PROBES:
-                    curves[f'{title}, from scratch', p][1.0].append(errors[p]['mean'])
-    for row, fraction in FEWER[preset].items():
-        same = None
-        for file in result_files(f'{system}-{row}', folder):
-            r = json.loads(file.read_text())
-            same = same or r
-            check_alike(r, same, same, file)
-            before = f'{r["row"].partition(",")[0]}: random init'
-            curves[before, 'attentive'][fraction].append(r['rows']['random init']['attentive']['mean'])
-            for p in PROBES:
-                curves[f'{r["row"]}, from scratch', p][fraction].append(r['rows'][r['row']][p]['mean'])
-    for (title, p), by in curves.items():
-        if 'random init' in title and p == 'attentive' and title in rows:
-            by[1.0] = [errors[p]['mean'] for errors, _, _ in rows[title]]
-    return {(title, p): curves[title, p] for title in ordered({system: [t for t, _ in curves]}) for p in PROBES
-            if (title, p) in curves}
+                name = f'{title}, from scratch'
+            # else probes that had a share of the labels
+            elif not (p == 'attentive' and 'random init' in title and title in fewer):
+                own = {float(column): errors_of(records, title, p, column, 'labels')
+                       for column in columns_of(records, 'labels') if share == 1}
+            for column, errors in own.items():
+                if errors:
+                    curves.setdefault((name, p), {})[column] = errors
 
+    titles = order_titles(title for title, _ in curves)
+    return {(t, p): curves[t, p] for t in titles for p in PROBES if (t, p) in curves}
 
-def labels_table(system, folder, preset='nano'):
-    """Markdown of `label_curves`: a row for each encoder and probe, without the nearest neighbours."""
-    curves = {key: by for key, by in label_curves(system, folder, preset).items() if key[1] != 'knn'}
-    fractions = sorted({fraction for by in curves.values() for fraction in by})
-    rows = [[title, p, *(shown(by.get(fraction, [])) for fraction in fractions)] for (title, p), by in curves.items()]
-    return markdown([system, 'probe', *(f'{fraction:.0%}' for fraction in fractions)], rows)
+def labels_table(cells, system, preset='nano'):
+    """`label_curves`: a row for each encoder and probe, without the nearest neighbours."""
+    curves = label_curves(cells, system, preset)
+    rows = [(title, p) for title, p in curves if p != 'knn']
+    table = {system: [title for title, _ in rows], 'probe': [p for _, p in rows]}
+    for share in sorted({share for curve in curves.values() for share in curve}):
+        table[f'{share:.0%}'] = [show(curves[row].get(share, [])) for row in rows]
+    return markdown(table)
 
+def carried_table(cells, system, preset='nano'):
+    """Errors at values held out from the probe (of one that saw them), and on spoilt fields."""
+    records = paper_records(cells, preset).get(system, {})
+    rows = [(title, p) for title, p in product(order_titles(records), ('attentive', 'linear'))
+            if errors_of(records, title, p, 'half resolution', 'inputs')]
+    table = {system: [title for title, _ in rows], 'probe': [p for _, p in rows]}
 
-def carried_table(system, folder, preset='nano'):
-    """Markdown: errors at values held out from the probe, in brackets those of one that saw them; and on spoilt fields.
+    for values in columns_of(records, 'values'):
+        # an encoder trained with labels was told these values
+        table[values] = ['-'] * len(rows)
+        for i, (title, p) in enumerate(rows):
+            pairs = errors_of(records, title, p, values, 'values')
+            if pairs and 'supervised' not in title:
+                seen = number(np.mean([seen for _, seen in pairs]))
+                table[values][i] = f'{show([unseen for unseen, _ in pairs])} ({seen})'
 
-    Columns of `values` are of the linear probe and the nearest neighbours, for which alone they were measured.
-    """
-    rows, head = [], []
-    found = of_paper(preset, folder).get(system, {})
-    for title in ordered({system: found}):
-        carried = [of_run['generalization'] for _, _, of_run in found[title] if of_run.get('generalization')]
-        for p in PROBES if carried else ():
-            if p == 'knn' or p not in carried[0]['inputs'].get('half resolution', {}):
-                continue
-            where, inputs = list(carried[0]['values']), list(carried[0]['inputs'])
-            head = [system, 'probe', *where, 'all values, clean', *inputs]
-            fair = 'supervised' not in title                             # its encoder was told the held-out values
-            pairs = {w: [c['values'][w][p] for c in carried if fair and p in c['values'][w]] for w in where}
-            rows.append([title, p, *(f'{shown([a for a, _ in pair])} ({number(np.mean([b for _, b in pair]))})'
-                                     if pair else '-' for pair in pairs.values()),
-                         shown([c['labels']['1'][p] for c in carried]),
-                         *(shown([c['inputs'][how][p] for c in carried]) for how in inputs)])
-    return markdown(head, rows)
+    table['all values, clean'] = [show(errors_of(records, *row, '1', 'labels')) for row in rows]
+    for how in columns_of(records, 'inputs'):
+        table[how] = [show(errors_of(records, *row, how, 'inputs')) for row in rows]
+    return markdown(table)
 
+def cost_table(cells, preset='nano'):
+    """Means over seeds, from the least to the most over the systems."""
+    found, runs = paper_records(cells, preset).values(), {}
+    for title in order_titles(title for records in found for title in records):
+        each = [[r for r in results_of(records, title) if r.get('cost')] for records in found]
+        if any(each):
+            runs[title] = [results for results in each if results]
 
-def costs(folder, preset='nano'):
-    """{system: {title: {what: mean over seeds}}} of the trained encoders of table 1; FLOP as bench_steps.py counts.
+    def column(form, cost_of, mean=np.mean):
+        costs = [[mean([cost_of(r) for r in results]) for results in runs[title]] for title in runs]
+        ends = [[format(min(each), form), format(max(each), form)] for each in costs]
+        return [' to '.join(dict.fromkeys(both)) for both in ends]
 
-    Of the minutes, the median: a run may have been paused.
-    """
-    out = defaultdict(dict)
-    for system, rows in of_paper(preset, folder).items():
-        for title, seeds in rows.items():
-            runs = [of_run for _, _, of_run in seeds if of_run.get('cost')]
-            if runs:
-                mean = lambda value: float(np.mean([value(run) for run in runs]))
-                out[system][title] = {
-                    'parameters': runs[0]['parameters']['encoder'], 'windows': mean(lambda r: r['windows_seen']),
-                    'gflop': mean(lambda r: r['cost']['gflop_per_window']),
-                    'minutes': float(np.median([r['train_seconds'] / 60 for r in runs])),
-                    'gb': mean(lambda r: r['memory_gb'])}
-    return out
+    # the median of the minutes: a run may have been paused
+    return markdown({
+        '': runs, 'parameters of the encoder': column(',.0f', lambda r: r['parameters']['encoder']),
+        'windows seen': column(',.0f', lambda r: r['run']['windows_seen']),
+        'GFLOP a window': column('.3f', lambda r: r['cost']['gflop_per_window']),
+        'TFLOP in all': column('.1f', lambda r: r['cost']['gflop_per_window'] / 1e3
+                                                * r['run']['windows_seen']),
+        'minutes': column('.0f', lambda r: r['run']['train_seconds'] / 60, np.median),
+        'peak GB': column('.1f', lambda r: r['run']['memory_gb'])})
 
-
-def cost_table(folder, preset='nano'):
-    """Markdown of `costs`, from the least to the most over the systems."""
-    found = costs(folder, preset)
-    rows = []
-    for title in ordered(found):
-        own = [rows[title] for rows in found.values() if title in rows]
-        span = lambda values, form: ' to '.join(dict.fromkeys(format(v, form) for v in (min(values), max(values))))
-        rows.append([title, span([c['parameters'] for c in own], ',.0f'), span([c['windows'] for c in own], ',.0f'),
-                     span([c['gflop'] for c in own], '.3f'),
-                     span([c['gflop'] * c['windows'] / 1e3 for c in own], '.1f'),
-                     span([c['minutes'] for c in own], '.0f'), span([c['gb'] for c in own], '.1f')])
-    return markdown(['', 'parameters of the encoder', 'windows seen', 'GFLOP a window', 'TFLOP in all', 'minutes',
-                     'peak GB'], rows)
-
-
-def paper_tables(preset, folder):
-    """Markdown: all of these, of a preset."""
-    each = [table(system, folder, preset) for system in of_paper(preset, folder)
-            for table in (labels_table, carried_table)]
-    return '\n\n'.join([table_one(preset, folder), cost_table(folder, preset), *each])
-
-
-def tables_of(names, preset, folder):
-    """Markdown of what benchmark.py was asked for: parts of rows.GROUPS (none: all of them), rows, cells.
-
-    Rows and cells without results are left out.
-    """
-    parts = GROUPS[preset]
-    asked = list(names) or list(parts)
-    tables = [paper_tables(preset, folder)] if {'paper-tables', 'fewer-labels'} & {*asked} else []
-    tables += [side_by_side(folder)] if 'latents-or-pixels' in asked else []
-    own = [row for name in asked if name not in parts or name == 'longest' for row in parts.get(name, [name])
-           if result_files(row, folder)]
-    return '\n\n'.join(tables + [summary([row], folder) for row in own])
-
-
-# ---------------------------------------------------------------------------------------------
-# what may stand in one table
-
-def as_probed(r):
-    """What the results of a table have in common."""
-    return {**{k: r[k] for k in ('system', 'labels', 'stride', 'windows')},
-            **{k: r['probe'][k] for k in ('probe', 'epochs', 'mlp_ratio', *['fractions'] * ('generalization' in r))},
-            'field': r['field'].partition(',')[0]}                       # tiled or not, it is the same field
-
-
-def as_trained(r):
-    """What the results of a name have in common: all but their seeds, and where they lie."""
-    settings = {**r['run']['settings'], **{k: r['probe'].get(k) for k in ('finetune', 'finetune_lr')}}
-    own = {'seed', *MAY_CHANGE} - {'steps', 'epochs'}
-    return {k: v for k, v in settings.items() if k not in own}
-
-
-def check_alike(r, first, same, file):
-    """Raise ValueError unless a result is of test, and like the `first` of its table and the `same` of its name."""
-    if 'by_run' not in r or r['split'] != 'test':
-        raise ValueError(f'{file} was not scored on test by this version: python eval.py --split test')
-    for other, kept, whose in (first, as_probed, 'table'), (same, as_trained, 'name'):
-        there = kept(other)
-        for what, value in kept(r).items():
-            if value != there.get(what, value):                          # a setting may be younger than a result
-                raise ValueError(f'{file}: {what} is {value} in it, and {there[what]} in the first of its {whose}')
-
-
-def made(words, folder):
+def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
-    whole = {'latents-or-pixels': side_by_side, 'cost': cost_table}
-    by_system = {'labels': labels_table, 'carried': carried_table}
-    if kind == 'table-1':
-        return table_one('nano', folder, rest or PROBES)
-    if kind in whole and not rest:
-        return whole[kind](folder)
-    if kind in by_system and len(rest) == 1:
-        return by_system[kind](*rest, folder)
-    return summary(words, folder)
+    tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
+              ('carried', 1): carried_table, ('latents-or-pixels', 0): side_by_side}
+    if kind == 'summary-table' and rest:
+        return table_one(cells, short=rest[0])
+    table = tables.get((kind, len(rest)))
+    return table(cells, *rest) if table else summary(cells, words)
 
-
-def with_tables(text, folder):
+def with_tables(text, cells):
     """A Markdown text with every table between its markers made anew."""
-    table = lambda match: f'{match[1]}\n{made(match[2].split(), folder)}\n{match[3]}'
-    return re.sub(r'(<!-- results: ([^>]*) -->)\n.*?(<!-- /results -->)', table, text, flags=re.DOTALL)
+    def table(match):
+        return f'{match[1]}\n{make_table(match[2].split(), cells)}\n{match[3]}'
+    marked = r'(<!-- results: ([^>]*) -->)\n.*?(<!-- /results -->)'
+    return re.sub(marked, table, text, flags=re.DOTALL)
 
-
-def remade(folder):
-    """(name of a page, its text, its text with every table made anew) of each."""
+def write_pages(cells, check=False):
+    """Make every table of the pages anew. check: only raise ValueError if one is not as it was."""
     for name in PAGES:
         text = (HERE / name).read_text()
-        yield name, text, with_tables(text, folder)
-
-
-def write_pages(folder):
-    """Make every table of the pages anew."""
-    for name, text, new in remade(folder):
+        new = with_tables(text, cells)
+        if new != text and check:
+            raise ValueError(f'{name} has other numbers than results/: '
+                             f'python -m benchmark.report writes them')
         if new != text:
             write_text(HERE / name, new)
-        print(f'{name}: ' + ('written' if new != text else 'every table is what results/ gives'))
-
+            print(f'{name}: written')
+    print('every table is what results/ gives')
 
 @script
 def main(argv=None):
     args, = parse(__doc__, Settings, argv)
-    if not args.check:
-        return write_pages(HERE / 'results')
-    for name, text, new in remade(HERE / 'results'):
-        if new != text:
-            raise ValueError(f'{name} has other numbers than results/: python report.py writes them')
-    print('every table is what results/ gives')
-
+    write_pages(read_cells(HERE / 'results' / 'cells'), args.check)
 
 if __name__ == '__main__':
     main()

@@ -1,7 +1,7 @@
 """
 What the tests share: the official codes' outputs, small datasets, and scripts run as commands.
 
-testdata/parity_*.npz hold outputs of the paper's official code, its weights and inputs filled by the
+tests/data/parity_*.npz hold outputs of the paper's official code, its weights and inputs filled by the
 formula in `filled` below. Per case and output: <case>/<output>/float32 and .../float64, flattened, and
 .../check = [largest allowed absolute error in float32, in float64, stride of the stored elements].
 """
@@ -27,7 +27,7 @@ from systems.active_matter import BOX
 HERE = Path(__file__).resolve().parent.parent
 
 
-PARITY = {k: v for file in (HERE / 'testdata').glob('parity_*.npz') for k, v in np.load(file).items()}
+PARITY = {k: v for file in (HERE / 'tests/data').glob('parity_*.npz') for k, v in np.load(file).items()}
 both_dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['float32', 'float64'])
 
 

@@ -1,18 +1,19 @@
-"""eval.py: when runs may stand in one table, what the table says of them, and what --all does."""
+"""eval.py: when runs may stand in one table, and what the table says of them."""
 import json
-import os
 import shutil
+import subprocess
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-import data
 import eval as evaluation
+import model as models
 import probe
-from helpers import HERE, MODELS, TINY, files_of, linked, run
-from model import find_model, load_checkpoint
+import simulate
+from helpers import HERE, MODELS, TINY, command, files_of, linked, run
+from model import load_checkpoint
 from systems import find_system
 from train import main as train
 
@@ -79,45 +80,14 @@ def test_tables_say_what_differs(well, here, capsys):
     made(well, 'out/b', '--resolution', 16, model='videomae')
     said = says(capsys, 'out/a', 'out/b', *QUICK)
     assert 'Not like with like: JEPA saw the whole domain at 32 x 32; VideoMAE saw the whole domain at 16 x 16' in said
-    assert 'active_matter, not like with like: ' in says(capsys, '--all')
-    made(well, 'out/b2', model='videomae')
-    evaluation.main(['out/b2', '--epochs', '2', '--stride', '16'])
-    assert 'windows 16 frames apart, split valid, probe ours, epochs 2' in says(capsys, '--all')
-    evaluation.main(['out/b2', *QUICK])
-    assert 'not like' not in says(capsys, '--all')
-
-
-def test_table_one_keeps_what_it_can(well, here, capsys):
-    """Made again if older than the run, or if the flags ask for something else; runs that fail are left out."""
-    made(well, 'out/a')
-    (here / 'out/old').mkdir()
-    torch.save({'model': {}, 'config': {}}, here / 'out/old/ckpt.pt')
-    other = load_checkpoint(here / 'out/a/ckpt.pt')
-    for name, change in ('gone', {'model': 'gone'}), ('moved', {'data': 'moved'}):
-        (here / 'out' / name).mkdir()
-        torch.save({**other, 'config': {**other['config'], **change}}, here / 'out' / name / 'ckpt.pt')
-    said = says(capsys, '--all', *QUICK)
-    assert said.count('left out: ') == 3 and 'out/old' in said and "'gone'" in said and "'moved'" in said
-    table = here / 'out/a/eval.json'
-    stamp = table.stat().st_mtime_ns
-    says(capsys, '--all')
-    assert table.stat().st_mtime_ns == stamp                             # nothing was asked for, nothing changed
-    says(capsys, '--all', '--epochs', 2)
-    assert json.loads(table.read_text())['probe']['epochs'] == 2
-    os.utime(table, (1, 1))
-    says(capsys, '--all', *QUICK)
-    assert table.stat().st_mtime > 1
-    assert '*' not in next(line for line in says(capsys, '--all').splitlines() if line.startswith('JEPA'))
-    said = says(capsys, '--all', '--finetune', 1, *QUICK)
-    tuned = json.loads(table.read_text())['rows']['JEPA, fine-tuned']['attentive']['mean']
-    assert f' {tuned:.3f}* | 0.079' in said
+    assert 'Not like' not in says(capsys, 'out/a', *QUICK)
 
 
 def test_runs_and_data_must_fit(well, here, capsys):
     made(well, 'out/a')
     state = load_checkpoint(here / 'out/a/ckpt.pt')
     torch.save({**state, 'labels': ['beta', 'zeta']}, 'labels.pt')
-    for flags, word in (['labels.pt'], 'not those'), (['--all', 'out/a'], '--all'), (
+    for flags, word in (['labels.pt'], 'not those'), (['--all'], '--all is gone'), (
             ['out/a', '--save-embeddings', 'out'], '--save-embeddings'), (
             ['out/a', 'labels.pt', '--save-embeddings', 'x.npz'], 'one run'):
         with pytest.raises(SystemExit):
@@ -163,7 +133,7 @@ def test_epochs_go_before_a_presets_steps(well, here, capsys):
 
 
 def test_the_split_that_is_asked_for_is_scored(well, here, capsys):
-    """Errors of its runs alone; valid, the default, is said to be one to tune by. --all does not mix splits."""
+    """Errors of its runs alone; valid, the default, is said to be one to tune by. It is enough to tune by."""
     root = linked(well / 'active_matter', here / 'data' / 'active_matter')
     shutil.rmtree(root / 'cache', ignore_errors=True)
     files_of(root, 'test')[0].unlink()
@@ -179,7 +149,7 @@ def test_the_split_that_is_asked_for_is_scored(well, here, capsys):
             for p, errors in by_probe.items():
                 assert sum(errors) / runs == pytest.approx(result['rows'][row][p]['mean'], rel=1e-4)
     shutil.rmtree(root / 'data' / 'test')                                # valid is enough to tune by
-    assert 'measured on valid' in says(capsys, '--all', *QUICK)
+    assert 'valid split' in says(capsys, *QUICK)
     assert json.loads((here / 'out/a/eval.json').read_text())['split'] == 'valid'
     for flags in ['--split', 'train'], ['--probe', 'mine'], ['--split', 'test', '--probe', 'paper'], [
             '--finetune', 'best'], ['--latents', 'nowhere']:
@@ -192,9 +162,10 @@ def test_seeds_reach_data_and_probe(well, here, capsys, monkeypatch):
     """A dataset that is missing is simulated from the run's seed; its probe has it too; the table says which seed did
     what."""
     asked = []
-    monkeypatch.setattr(data.simulate, 'make_dataset', lambda name, root, **how: asked.append(how))
-    data.find_dataset('active_matter', here / 'new', build=True, seed=7)
-    assert asked == [{'seed': 7}]
+    monkeypatch.setattr(simulate, 'make_dataset', lambda *how: asked.append(how))
+    with pytest.raises(SystemExit):                                      # nothing was simulated
+        train(['--data-dir', str(here / 'new'), '--seed', '7'])
+    assert asked == [('active_matter', here / 'new', 'nano', 7)]
     made(well, 'out/a', '--seed', 3)
     assert 'seeds: data none, training 3, probe 3' in says(capsys, *QUICK)
     (well / 'active_matter' / 'simulated.json').write_text('{"preset": "nano", "seed": 5}')
@@ -217,11 +188,10 @@ def test_probes_see_the_noise_of_training(well, here):
         assert added.std().item() == pytest.approx(std, rel=0.03)
 
 
-def seeing_all(run):
-    """A run's model, whose tokens are now what the encoder would see; the run embeds with it."""
-    model = run.model('cpu')
+def seeing_all(run, trained=True):
+    """A run's model, whose tokens are now what the encoder would see."""
+    model = run.model('cpu', trained)
     model.network.features = lambda x: x.flatten(2)
-    run.model = lambda *_: model
     return model
 
 
@@ -231,14 +201,36 @@ def test_a_windows_noise_is_its_own(well, here):
     added = []
     for batch in 3, 16:
         run = evaluation.Run('out/a', evaluation.Settings(stride=24, batch=batch))
-        seeing_all(run)
-        noisy, clean = run.embed(run.name), run.embed(run.name, 0.0)
+        noisy, clean = (run.embed(run.encode(seeing_all(run), noise=noise), 'x') for noise in (None, 0.0))
         added.append(torch.cat([noisy[name][0] - clean[name][0] for name in run.windows]).flatten(1))
-    assert torch.equal(*added) and torch.equal(run.embed('random init')['valid'][0], noisy['valid'][0])
+    assert torch.equal(*added) and torch.equal(run.embed(run.encode(seeing_all(run, False)), 'x')['valid'][0], noisy['valid'][0])
     assert added[0].std().item() == pytest.approx(0.5, rel=0.03)
     run.c.seed = 1
-    again = run.embed(run.name)['valid'][0] - clean['valid'][0]
+    again = run.embed(run.encode(seeing_all(run)), 'x')['valid'][0] - clean['valid'][0]
     assert torch.corrcoef(torch.cat([added[0], again.flatten(1)])).fill_diagonal_(0).abs().max() < 0.02
+
+
+def test_a_process_that_fails_ends_all(trained, tmp_path):
+    """With one line that says why, whichever of them it is; and no table."""
+    shutil.copytree(trained, tmp_path / 'out/a')
+    (tmp_path / 'ranks.py').write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import common, eval
+common.time.sleep = lambda seconds: None
+batches = eval.Run.batches
+def failing(run, *args):
+    if os.environ['RANK'] == os.environ['FAILS']:
+        raise ValueError('no windows on rank ' + os.environ['RANK'])
+    yield from batches(run, *args)
+eval.Run.batches = failing
+eval.main()
+""")
+    for rank in '0', '1':
+        p = subprocess.run(**command([*TORCHRUN, 'ranks.py'], 'out/a', *QUICK, FAILS=rank), cwd=tmp_path,
+                           capture_output=True, text=True, timeout=120)
+        assert p.returncode == 1 and f'error: no windows on rank {rank} (' in p.stderr
+        assert not (tmp_path / 'out/a/eval.json').exists() and 'MSE' not in p.stdout
 
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -266,7 +258,8 @@ def test_processes_share_windows_and_no_disk(trained, tmp_path):
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 os.chdir('../disk' + os.environ.get('RANK', '0'))
-import data, eval, generalize, probe
+import data, eval, probe
+from benchmark import generalize
 probe.IN_MEMORY, generalize.STEPS, seen, load = 1, 1, [], data.Split.load
 data.Split.load = lambda self, windows, **how: seen.append(len(windows)) or load(self, windows, **how)
 eval.main()
@@ -285,28 +278,6 @@ print(sum(seen), file=open('seen', 'w'))
     assert seen('disk0') + seen('disk1') == alone and abs(seen('disk0') - seen('disk1')) < 0.2 * alone
 
 
-def test_what_a_process_cannot_embed_is_left_out(well, here):
-    """Whichever of them it is, it does not keep the others from the next run."""
-    for model in 'videomae', 'jepa', 'pixels':
-        made(well, f'out/{model}', model=model)
-    (here / 'ranks.py').write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import embed, eval
-batches = embed.Run.batches
-def failing(run, *args):
-    if (run.c.model, os.environ['RANK']) in (('videomae', '0'), ('jepa', '1')):
-        raise ValueError('no windows for ' + run.c.model)
-    yield from batches(run, *args)
-embed.Run.batches = failing
-eval.main()
-""")
-    said = run([*TORCHRUN, 'ranks.py'], '--all', *QUICK, cwd=here).stdout
-    assert [line for line in said.splitlines() if 'left out' in line] == [
-        'left out: no windows for videomae', 'left out: no windows for jepa']
-    assert (here / 'out/pixels/eval.json').exists() and said.count('attentive probe: measured on valid') == 1
-
-
 def test_the_papers_probe(well, here, capsys, monkeypatch):
     """Its settings, the model's own for that system, and at most so many windows of train and valid."""
     made(well, 'out/a', model='videomae')
@@ -314,7 +285,7 @@ def test_the_papers_probe(well, here, capsys, monkeypatch):
     attentive = probe.attentive
     monkeypatch.setattr(evaluation.probe, 'attentive', lambda splits, *args, **settings: seen.append(
         ({k: len(x) for k, (x, _) in splits.items()}, settings)) or attentive(splits, *args, **settings))
-    monkeypatch.setattr(find_model('videomae'), 'PAPER_PROBE', {'active_matter': dict(noise=0.1, dropout=0.2)})
+    monkeypatch.setitem(models.PAPER_PROBE, ('videomae', 'active_matter'), dict(noise=0.1, dropout=0.2))
     monkeypatch.setattr(find_system('active_matter'), 'probe_windows', (20, 9))
     says(capsys, '--probe', 'paper', '--epochs', 2, '--stride', 16)
     windows, settings = seen[0]
@@ -328,26 +299,6 @@ def test_the_papers_probe(well, here, capsys, monkeypatch):
     assert len(chosen) == 20 and all(w in run.windows['train'].tolist() for w in chosen)
     assert len({r for r, _ in chosen}) == len(run.splits['train'].runs)               # drawn, not the first ones
     assert run.targets['train'].shape == (len(run.windows['train']), 2)
-
-
-@pytest.mark.parametrize('blank', [None, 50])
-def test_published_latents_have_a_row(here, capsys, blank):
-    """DISCO's: train and half of valid teach and choose, the other half is scored (badly, if it says nothing)."""
-    g = torch.Generator().manual_seed(0)
-    for split, n in ('train', 400), ('valid', 100):
-        (here / 'latents' / split).mkdir(parents=True)
-        labels = torch.stack([10**torch.randint(1, 5, (n,), generator=g).sort()[0].float(),             # as files are
-                              torch.randint(1, 9, (n,), generator=g).float()], 1)
-        z = torch.randn(n, 16, generator=g) * 0.1
-        z[:, 0], z[:, 1] = labels[:, 0].log10(), labels[:, 1]
-        if split == 'valid' and blank:
-            z[torch.randperm(100, generator=torch.Generator().manual_seed(0))[blank:]] = z.mean(0)
-        torch.save({'theta_latent': z, 'labels': labels}, here / 'latents' / split / 'batch_0.pt')
-    said = says(capsys, '--latents', 'latents', '--data', 'shear_flow', '--epochs', 2)
-    assert '400 / 50 / 50 windows' in said and 'held-out half of the valid' in said and 'Reynolds' in said
-    row = next(line for line in said.splitlines() if line.startswith('DISCO, published latents  '))
-    linear = [float(v) for v in row.split()[-6:-3]]
-    assert 'DISCO, the paper (valid)' in said and (min(linear) > 0.5 if blank else max(linear) < 0.05)
 
 
 def test_what_the_log_ends_with(tmp_path):

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-import figures
 import plot
-import report
-from helpers import files_of, make_published, refused
+from benchmark import figures, report
+from benchmark.report import read_cells
+from helpers import HERE, files_of, make_published, refused
 from systems import find_system
 from test_report import result
 
@@ -50,7 +50,7 @@ def lines_of(ax):
 
 def test_the_curves_are_those_of_the_table(folder):
     """A row for each probe, the statistics' linear one in both; bands of one std of the logarithm."""
-    figure, absent = figures.draw_labels(None, folder)
+    figure, absent = figures.draw_labels(None, read_cells(folder))
     both, untrained = ['field statistics (linear)', 'guessing the mean'], ['DISCO: random init']
     titles = {('active_matter', 'attentive'): ['JEPA', 'DISCO'],
               ('shear_flow', 'attentive'): ['DISCO', 'JEPA, supervised, from scratch', 'JEPA: random init'],
@@ -60,7 +60,7 @@ def test_the_curves_are_those_of_the_table(folder):
     for ax, ((system, p), own) in zip(figure.axes, titles.items()):
         assert ax.get_title() == system.replace('_', ' ') * (p == 'attentive')
         assert p in ax.get_ylabel() or system == 'shear_flow'
-        curves, lines = report.label_curves(system, folder), lines_of(ax)
+        curves, lines = report.label_curves(read_cells(folder), system), lines_of(ax)
         assert sorted(lines) == sorted(own + both)
         for title in own + both[:1]:
             by = curves[title.removesuffix(' (linear)'), 'linear' if '(' in title else p]
@@ -70,39 +70,28 @@ def test_the_curves_are_those_of_the_table(folder):
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.15 / 2**0.5**0.5, 3 * 0.15 * 2**0.5**0.5))
 
 
-def test_each_seed_stands_at_what_it_cost(folder):
-    """Markers at TFLOP and error, a stroke at the error before training, lines for labels and the statistics."""
-    figure, absent = figures.draw_cost(None, folder)
-    active, shear = figure.axes
-    assert absent == ['rayleigh benard'] and 'JEPA' not in lines_of(shear) and 'JEPA, supervised' in lines_of(shear)
-    jepa = lines_of(active)['JEPA']
-    assert jepa.get_xdata() == pytest.approx([(0.5 + len('jepa-nano-vicreg')) * 4] * 2)
-    assert sorted(jepa.get_ydata()) == pytest.approx([0.1, 0.2])
-    strokes = [line.get_ydata() for line in active.lines if line.get_marker() == '_' and len(line.get_xdata())]
-    assert np.ravel(strokes) == pytest.approx([0.5, 0.5])                # twice 0.2 and twice 0.3
-    level = lambda ax, name: lines_of(ax)[name].get_ydata()[0]
-    assert level(shear, 'JEPA, supervised') == pytest.approx(0.075)
-    assert level(active, 'field statistics (linear)') == pytest.approx(0.015)
-
-
 def test_a_model_has_one_colour(folder):
-    found = [lines_of(ax) for draw in (figures.draw_labels, figures.draw_cost) for ax in draw(None, folder)[0].axes]
+    found = [lines_of(ax) for ax in figures.draw_labels(None, read_cells(folder))[0].axes]
     colors = {name: {lines[name].get_color() for lines in found if name in lines} for name in ('JEPA', 'DISCO')}
     assert all(len(own) == 1 for own in colors.values()) and colors['JEPA'] != colors['DISCO']
-    assert {lines['JEPA, supervised'].get_color() for lines in found if 'JEPA, supervised' in lines} == colors['JEPA']
+    name = 'JEPA, supervised, from scratch'
+    assert {lines[name].get_color() for lines in found if name in lines} == colors['JEPA']
 
 
-def row(*errors, **last_steps):
-    return [({p: {'mean': e} for p in plot.PROBES}, {}, {'last_steps': last_steps}) for e in errors]
+def rows(by_title):
+    """Records of {title: [error of each seed, .., what was missed in the last steps of training]}."""
+    return {title: {(seed,): {'error': {'mean': dict.fromkeys(plot.PROBES, e)}, 'result': {'run': {'last_steps': missed}}}
+                    for seed, e in enumerate(errors)} for title, (*errors, missed) in by_title.items()}
 
 
-def test_targets_with_rows_missing():
+def test_targets_with_rows_missing(monkeypatch):
     """Bars and strokes stand where their row's name does; a model keeps its colour, a system its line."""
     missed = dict(low=0.8, mid=0.9, high=1.0)
-    found = {'active_matter': {'JEPA, vicreg': row(0.1, 0.2), 'JEPA: random init': row(0.4, 0.6),
-                               'pixels': row(0.3, **missed), 'VideoMAE': row(0.5, **missed), 'field statistics': []},
-             'shear_flow': {'VideoMAE': row(0.7, **missed), 'VideoMAE: random init': row(0.9)}}
-    figures.targets(figure := plot.canvas(12, 5), found)
+    found = {'active_matter': rows({'JEPA, vicreg': [0.1, 0.2, {}], 'JEPA: random init': [0.4, 0.6, {}],
+                                    'pixels': [0.3, missed], 'VideoMAE': [0.5, missed]}),
+             'shear_flow': rows({'VideoMAE': [0.7, missed], 'VideoMAE: random init': [0.9, {}]})}
+    monkeypatch.setattr(figures, 'read_records', lambda *_: found)
+    figure, _ = figures.draw_targets(None, {})
     active, shear, last = figure.axes
     assert [label.get_text() for label in active.get_yticklabels()] == ['JEPA, vicreg', 'pixels', 'VideoMAE']
     bars = {(round(bar.get_y() + bar.get_height() / 2), round(bar.get_width(), 3)) for bar in active.patches}
@@ -150,16 +139,10 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('THE_WELL_DATA_DIR', '')
     monkeypatch.chdir(tmp_path)
     make_published(tmp_path / 'data' / 'seed0')
-    rng, kept = np.random.default_rng(0), []
-    for system, names in ('active_matter', ['alpha', 'zeta']), ('shear_flow', ['Reynolds', 'Schmidt']):
-        np.savez(tmp_path / f'{system}.npz', embedding=rng.normal(size=(9, 4)), labels=1 + rng.random((9, 2)),
-                 label_names=names, log_labels=[False, True], split=['train', 'test', 'test'] * 3, system=system,
-                 model='JEPA')
-        kept.append(f'{system}.npz')
-    figures.main(['--results', str(folder), '--embeddings', ','.join(kept)])
+    figures.main(['--results', str(folder)])
     *saved, left_out = capsys.readouterr().out.splitlines()
     drawn = {path.name for path in (tmp_path / 'figures').iterdir()}
-    assert drawn == {f'{name}.png' for name in ('targets', 'labels', 'cost', 'systems', 'parameters', 'embeddings')}
+    assert drawn == {f'{name}.png' for name in ('targets', 'labels', 'systems', 'parameters')}
     assert len(saved) == len(drawn) and left_out.startswith('left out: rayleigh benard in labels.png; ')
     assert 'rayleigh benard, shear flow in systems.png' in left_out
     for file in folder.glob('*jepa*'):
@@ -172,5 +155,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     assert len(said) == 1 and all(f'{name}.png (' in said[0] for name in figures.PICTURES)
 
 
-def test_without_any_results(tmp_path):
-    assert not refused('figures.py', '--results', tmp_path, cwd=tmp_path, words=['no results', 'benchmark.py'])
+def test_without_any_results(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(HERE))
+    assert not refused(['-m', 'benchmark.figures'], '--results', tmp_path, cwd=tmp_path,
+                       words=['no results', 'benchmark.cells'])

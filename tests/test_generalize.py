@@ -9,10 +9,9 @@ import torch
 
 import data
 import eval as evaluation
-import generalize
-import report
 import train
-from generalize import INPUTS, held_out, spoilt
+from benchmark import generalize, report
+from benchmark.generalize import INPUTS, held_out_values, spoilt
 from helpers import ACTIVE, TINY
 from model import load_checkpoint
 from test_eval import seeing_all
@@ -62,7 +61,7 @@ def test_a_share_of_the_runs_is_part_of_a_larger_one(well):
 
 
 def test_values_are_held_out_between_or_outside():
-    of = lambda *values: {where: held.tolist() for where, held in held_out(np.array(values)).items()}
+    of = lambda *values: {where: held.tolist() for where, held in held_out_values(np.array(values)).items()}
     assert of(3, 1, 2, 4, 5, 7, 6, 1, 3) == {'between': [2, 4, 6], 'outside': [1, 7]}
     assert of(4, 3, 2, 1, 1) == {'between': [2], 'outside': [1, 4]}
     assert of(1, 2, 3, 3, 2) == {}
@@ -77,7 +76,7 @@ class Fit:
     def __init__(self, off=0.0):
         self.asked, self.off = [], off
 
-    def __call__(self, splits, attentive, epochs):
+    def __call__(self, splits, attentive=True, epochs=0):
         assert list(splits) == ['train', 'valid', 'scored']
         self.asked.append((splits, attentive, epochs))
         means = splits['scored'][0].mean(1) + self.off
@@ -96,7 +95,7 @@ def test_fewer_labels_are_those_of_whole_runs(tmp_path):
     clean = {'train': windows(y, 40), 'valid': windows(y, 5), 'scored': windows(y, 7, each=1)}
     runs, order = np.repeat(np.arange(40), 3), np.random.default_rng(1).permutation(40)
     fit = Fit(0.5)
-    found = generalize.labels(clean, fit, order, runs, tmp_path, trained=True)
+    found = generalize.with_fewer_labels(clean, fit, order, runs, tmp_path, trained=True)
     counts = dict(zip(('0.01', '0.02', '0.05', '0.1', '0.2', '0.5'), (1, 1, 2, 4, 8, 20)))
     assert list(found) == list(counts)
     tokens, labels = clean['train']
@@ -110,7 +109,7 @@ def test_fewer_labels_are_those_of_whole_runs(tmp_path):
         assert errors == {p: pytest.approx((estimates + i - clean['scored'][1]).pow(2).mean().item())
                           for i, p in enumerate(('linear', 'knn', 'attentive'))}
     one = Fit()
-    generalize.labels(clean, one, np.random.default_rng(2).permutation(120), None, tmp_path, trained=False)
+    generalize.with_fewer_labels(clean, one, np.random.default_rng(2).permutation(120), None, tmp_path, trained=False)
     drawn = np.random.default_rng(2).permutation(120)[:24]               # a fifth of the windows
     assert torch.equal(one.asked[4][0]['train'][0], tokens[np.sort(drawn)].float()) and not one.asked[4][1]
 
@@ -121,7 +120,7 @@ def test_probes_do_not_see_values_that_are_held_out(tmp_path):
     sets = {'train': windows(y, 40), 'valid': windows(y, 40, each=2), 'scored': windows(y[::-1].copy(), 40, each=1)}
     off = torch.tensor([0.5, 1.0, 2.0])
     fit, full = Fit(off), torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    found = generalize.values(sets, fit, {'linear': full, 'knn': full + 1}, tmp_path)
+    found = generalize.at_unseen_values(sets, fit, {'linear': full, 'knn': full + 1}, tmp_path)
     held = {('between', 0): {1, 3}, ('outside', 0): {0, 4}, ('between', 2): {1}, ('outside', 2): {0, 3}}
     errors = {'between': [], 'outside': []}
     assert len(fit.asked) == len(held) and set(found) == set(errors)     # two values of the second are too few
@@ -137,7 +136,7 @@ def test_probes_do_not_see_values_that_are_held_out(tmp_path):
                               for i in (0, 1)])
     for where, pairs in errors.items():
         assert [found[where][p] for p in ('linear', 'knn')] == pytest.approx(np.mean(pairs, 0))
-    assert generalize.values({name: (x, z[:, 1:2]) for name, (x, z) in sets.items()}, fit, {}, tmp_path) == {}
+    assert generalize.at_unseen_values({name: (x, z[:, 1:2]) for name, (x, z) in sets.items()}, fit, {}, tmp_path) == {}
 
 
 @pytest.mark.parametrize('scored', ['valid', 'test'])
@@ -207,7 +206,8 @@ def test_an_encoder_sees_spoilt_windows_of_the_split_that_is_scored(trained):
         if not normalised:
             model.mean.zero_()
             model.std.fill_(1.0)
-        clean, found = run.embed(run.name, 0.0), run.embed(run.name, 0.0, 'noise 1', ('valid',))
+        encode = run.encode(model, noise=0.0)
+        clean, found = run.embed(encode, run.name), run.embed(encode, run.name, 'noise 1', ('valid',))
         assert list(found) == ['valid'] and torch.equal(found['valid'][1], clean['valid'][1])
         noise = (found['valid'][0] - clean['valid'][0]) / (1 if normalised else torch.tensor(std)[:, None])
         noises.append(noise.movedim(1, -1).flatten(1))
@@ -216,7 +216,7 @@ def test_an_encoder_sees_spoilt_windows_of_the_split_that_is_scored(trained):
     assert torch.corrcoef(noises[0]).fill_diagonal_(0).abs().max() < 0.03
     for seed in 0, 1:
         run.c.seed = seed
-        noises.append((run.embed(run.name, 0.0, 'noise 1', ('valid',))['valid'][0] - clean['valid'][0]).flatten())
+        noises.append((run.embed(encode, run.name, 'noise 1', ('valid',))['valid'][0] - clean['valid'][0]).flatten())
     assert torch.corrcoef(torch.stack(noises[-2:]))[0, 1].abs() < 0.9
 
 
@@ -259,15 +259,15 @@ def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypa
     if split == 'test':
         (tmp_path / 'active_matter-jepa-nano-vicreg-seed0.json').write_text(json.dumps(found))
         assert '| JEPA | attentive | {:.3f} | '.format(carried['JEPA']['labels']['0.01']['attentive']) in \
-            report.labels_table('active_matter', tmp_path)
+            report.labels_table(report.read_cells(tmp_path), 'active_matter')
         assert '| {:.3f} |'.format(carried['field statistics']['inputs']['half resolution']['linear']) in \
-            report.carried_table('active_matter', tmp_path)
+            report.carried_table(report.read_cells(tmp_path), 'active_matter')
 
 
 def test_fractions_are_of_runs_or_of_windows(trained, monkeypatch, capsys):
     monkeypatch.setattr(generalize, 'measure', lambda sets, fit, *settings: settings)
     run = evaluation.Run(trained, evaluation.Settings(stride=16))
-    asked = lambda seed=0, **flags: (setattr(run.c, 'seed', seed), evaluation.row_of(
+    asked = lambda seed=0, **flags: (setattr(run.c, 'seed', seed), evaluation.probe_row(
         run, evaluation.Settings(generalize=True, **flags), {}, None, True))[1]
     runs, order, scored, folder, trained = asked()
     assert np.array_equal(runs, run.windows['train'][:, 0])
@@ -276,17 +276,16 @@ def test_fractions_are_of_runs_or_of_windows(trained, monkeypatch, capsys):
     runs, order, *_ = asked(fractions='windows')
     assert runs is None and np.array_equal(np.sort(order), np.arange(len(run.windows['train'])))
     assert not np.array_equal(order, asked(seed=1, fractions='windows')[1])
-    for flags, word in (['--fractions', 'files'], "not 'files'"), (
-            ['--generalize', '--latents', 'here', '--data', 'shear_flow'], '--generalize has no meaning'):
-        with pytest.raises(SystemExit) as left:
-            evaluation.main(flags)
-        assert left.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit) as left:
+        evaluation.main(['--fractions', 'files'])
+    assert left.value.code == 2 and "not 'files'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_few_windows_are_probed_in_as_many_steps_by_whatever_encoder(trained):
     """As --generalize does for a share: 130 windows are three batches, and 300 steps 100 epochs."""
     run, sets = evaluation.Run(trained, evaluation.Settings(stride=16)), {'train': (None, range(130))}
-    asked = lambda: evaluation.row_of(run, evaluation.Settings(), sets, lambda *given: given, True)[0][1:]
+    fit = lambda splits, attentive=True, epochs=0: (attentive, epochs)
+    asked = lambda: evaluation.probe_row(run, evaluation.Settings(), sets, fit, True)[0]
     assert asked() == (True, 0)                                          # as many epochs as --epochs says
     run.c.label_fraction = 0.5
     assert asked() == (True, 100)

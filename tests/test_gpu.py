@@ -1,5 +1,5 @@
 """
-Every branch that only a GPU takes: python -m pytest -m gpu. Skipped where there is none; NOTES.md lists them.
+Every branch that only a GPU takes: python -m pytest -m gpu. Skipped where there is none; docs/speed.md lists them.
 
 DEVICE=cpu runs what can be run without.
 """
@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import config
 import simulate
 import train
-from common import on_gpu
-from encoders import DepthwiseConv3d
+from jepa import DepthwiseConv3d
 from helpers import BASE, FLUIDS, HERE, MODELS, NANO, RIVALS, TINY, command, losses, run
 from model import Inputs, Model, load_run
-from test_step import AHEAD, batches, miniature
 
 DEVICE = os.environ.get('DEVICE', 'cuda')
 NONE = not torch.cuda.is_available()
@@ -27,48 +24,10 @@ gpu_only = pytest.mark.skipif(NONE, reason='there is no GPU here')
 ON_GPU = ['--device', DEVICE, '--data-dir']
 
 
-@gpu_only
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('name', AHEAD)
-def test_a_step_never_waits(name, dtype, tmp_path, monkeypatch):
-    """PyTorch raises where it would: train.py's step, fused AdamW, noise and the teacher's move included."""
-    flags = [*AHEAD[name], '--device', 'cuda', '--dtype', dtype, '--noise', 0.1]
-    c, model, x, labels = miniature(flags, monkeypatch, tmp_path)
-    model.to('cuda')
-    x, labels = x.to('cuda'), labels.to('cuda')
-    optimizer = train.optimizer_of(model.network, c)
-    assert optimizer.defaults['fused']
-    for step in range(3):                                                # the first ones may build what is kept
-        torch.cuda.set_sync_debug_mode('error' if step == 2 else 'default')
-        try:
-            terms = train.train_step(model, model.network, optimizer, batches(c, x, labels), c, step)
-            if hasattr(model.network, 'after_step'):
-                model.network.after_step(0.5)
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    assert all(v.isfinite() and v.is_cuda for v in terms.values())
-
-
-@gpu_only
-def test_batches_arrive_in_order_and_whole():
-    """A batch is read first thing, while its copy may be under way; what was read may be written over at once."""
-    made = [(torch.full((64, 2**20), float(i)).pin_memory(), torch.tensor([i])) for i in range(12)]    # 256 MB each
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, seen = torch.cuda.memory_allocated(), []
-    for x, label in on_gpu(iter(made)):
-        seen.append((x.amin(), x.amax(), label))
-        torch.cuda._sleep(10**8)                                         # the processor would be far ahead
-        x.fill_(-1)
-        del x, label
-    assert [tuple(map(float, values)) for values in seen] == [(i, i, i) for i in range(12)]
-    assert torch.cuda.max_memory_allocated() - before < 5 * 2**28
-
-
 @pytest.mark.parametrize('name', ['jepa', 'nano', *RIVALS])
 def test_a_run_on_the_gpu_is_one_on_the_processor(name, well, tmp_path):
     """In double precision: losses, then eval.py and fine-tuning there, and the checkpoint here."""
-    flags = [*(MODELS | {'nano': NANO})[name], '--dtype', 'float64', '--noise', 0, '--steps', 6, '--log-every', 4]
+    flags = [*(MODELS | {'nano': NANO})[name], '--dtype', 'float64', '--noise', 0, '--steps', 6]
     run('train.py', *flags, '--data-dir', well, '--device', 'cpu', '--out', 'here', cwd=tmp_path)
     run('train.py', *flags, *ON_GPU, well, '--out', 'there', cwd=tmp_path)
     assert np.allclose(losses(tmp_path / 'there'), losses(tmp_path / 'here'), rtol=1e-4, atol=1e-7)
@@ -84,19 +43,19 @@ def test_a_run_on_the_gpu_is_one_on_the_processor(name, well, tmp_path):
                           load_run(tmp_path / 'there', 'cpu').embed(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('flags', [['--recompute'], ['--compile'], ['--dtype', 'auto'], ['--cache', 'none']])
+@pytest.mark.parametrize('flags', [['--recompute'], ['--compile'], ['--dtype', 'auto']])
 def test_ways_to_run(flags, well, tmp_path):
     run('train.py', *BASE, *RIVALS['videomae'], '--model', 'videomae', '--steps', 4, *flags, *ON_GPU, well,
         '--out', 'out', cwd=tmp_path)
     assert np.isfinite(losses(tmp_path / 'out')).all()
     line = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-1])
-    assert 0 < line['memory_gb'] < 40 and 0 <= line['waiting'] <= 1
+    assert 0 < line['memory_gb'] < 40
 
 
 @gpu_only
 def test_bfloat16_is_chosen_by_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    c, _, _ = config.parse([*map(str, TINY), '--device', 'auto', '--dtype', 'auto'], '')
+    c, _, _ = train.parse([*map(str, TINY), '--device', 'auto', '--dtype', 'auto'], '')
     assert c.device == 'cuda' and c.dtype == ('bfloat16' if torch.cuda.is_bf16_supported() else 'float32')
 
 
@@ -149,7 +108,7 @@ dist.init_process_group('nccl', init_method='tcp://127.0.0.1:29751', world_size=
 total = torch.full((3,), 1.5, dtype=torch.float64, device='cuda')
 dist.all_reduce(total)
 common.WORLD = 1 + 1
-assert total.tolist() == [1.5] * 3 and common.shared(dict(a=torch.ones(2)))['a'].tolist() == [1, 1]
+assert total.tolist() == [1.5] * 3 and common.from_rank_0(dict(a=torch.ones(2)))['a'].tolist() == [1, 1]
 z = torch.randn(4, 3, device='cuda', requires_grad=True)
 vicreg.Gather.apply(z).square().sum().backward()
 assert torch.equal(z.grad, 2 * z)
@@ -215,7 +174,7 @@ class Mean(torch.nn.Module):
 @gpu_only
 def test_noise_is_the_steps_own():
     """Drawn on the GPU, from (seed, step): the same when made again, another in another step."""
-    c = config.Config(batch=2, micro_batch=2, noise=1.0, device='cuda', dtype='float32')
+    c = train.Config(batch=2, micro_batch=2, noise=1.0, device='cuda', dtype='float32')
     model = Model(Mean(), Inputs('any', ['a'], (True, True), (16, 16)), [0], [1]).to('cuda')
     sgd, x = torch.optim.SGD(model.parameters(), 0.0), torch.zeros(2, 1, 32, 16, 16, device='cuda')
     loss = lambda step: float(train.train_step(model, model.network, sgd, iter([(x, None)]), c, step)['loss'])

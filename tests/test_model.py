@@ -94,9 +94,9 @@ def test_mean_and_spread_are_torchs(dims):
                                            ((2, 5, 2, 3, 4), (2, 24, 5))])
 def test_whatever_an_encoder_gives_becomes_tokens(shape, tokens):
     class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = torch.nn.Identity()
+        def encoder(self, x):
+            self.embedding = x
+            return x
     model = Model(Network(), Inputs('any', ['a'], (True, True), (16, 16)), [0], [1])
     assert model.tokens(torch.zeros(shape)).shape == tokens
     channels = model.embedding.movedim(1, -1).reshape(-1, 5)             # what the log's rank is taken of

@@ -1,7 +1,7 @@
 """The protocol to the letter: what only a long run would show is pinned here, with its source.
 
 Sources: [T] the paper's text, arXiv 2603.13227; [C] its code, helenqu/physical-representation-learning at bb77f7b;
-[V] VideoMAE's code, MCG-NJU/VideoMAE; [M] MPP's, PolymathicAI/multiple_physics_pretraining; [O] ours, NOTES.md says
+[V] VideoMAE's code, MCG-NJU/VideoMAE; [M] MPP's, PolymathicAI/multiple_physics_pretraining; [O] ours, docs/protocol.md says
 why.
 """
 from dataclasses import asdict
@@ -10,24 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-import config
-import finetune
 import model as models
 import probe
 import train
+from benchmark import finetune
 from data import Split
 from model import Inputs, Model
 from systems import System, find_system
 
 SYSTEMS = 'active_matter', 'shear_flow', 'rayleigh_benard'
 SHARED = dict(
-    cache='float32',
     resolution=224, whole=False, crop=0, normalize=False, augment=False, views='paired',     # [C] data.py
     supervised=False, label_fraction=1.0,
     micro_batch=8,                                                       # [C] configs: windows per GPU
-    weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see NOTES.md
+    weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see docs/protocol.md
     dtype='float32',                                                     # [C] no autocast in its trainer
-    log_every=10, recompute=False, compile=False,
+    recompute=False, compile=False,
     steps=-1, init='')
 OF_SYSTEM = {                                                            # [C] configs: train, dataset; data.py: stride
     'active_matter': dict(stride=1, noise=1.0, lr=1e-3, epochs=30.0),
@@ -39,7 +37,7 @@ OF_MODEL = {
                  sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, standardize=False,      # [T], [C] model.py
                  loss_rows='local',                                      # [C] nothing is gathered
                  loss='vicreg', target='encoder', sigreg_coeff=0.05, directions=1024, temperature=0.5,
-                 momentum=(0.996, 1.0)),                                 # not the paper's
+                 momentum=(0.996, 1.0), predictor='conv'),                               # not the paper's
     'videomae': dict(batch=128, lr=1.5e-4, min_lr=1e-5, noise=0.0,       # [V] per 256 clips, two in a window
                      size='small', width=0, depth=0, heads=0, patch=16, mask_ratio=0.9, decoder_width=192,
                      decoder_depth=4),                                   # [T]
@@ -54,7 +52,7 @@ ELSEWHERE = {'data', 'model', 'preset', 'data_dir', 'cache_dir', 'out', 'device'
 def test_every_setting_of_the_paper_preset(name, system, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
-    c, module, options = config.parse(['--model', name, '--preset', 'paper', '--data', system], '')
+    c, module, options = train.parse(['--model', name, '--preset', 'paper', '--data', system], '')
     found = {k: v for k, v in (asdict(c) | asdict(options)).items() if k not in ELSEWHERE}
     expected = SHARED | OF_SYSTEM[system] | OF_MODEL[name]
     if name == 'disco':                                                  # its own are in test_disco.py
@@ -67,8 +65,8 @@ def test_published_numbers():
     published = {'jepa': (0.079, 0.38, 0.13), 'videomae': (0.160, 0.67, 0.18), 'disco': (0.057, 0.13, 0.01),
                  'mpp': (0.230, 0.59, 0.08)}
     for name, errors in published.items():
-        assert models.find_model(name).PAPER == dict(zip(SYSTEMS, errors)), name
-        assert getattr(models.find_model(name), 'PAPER_FINETUNED', False) == (name == 'mpp')
+        assert models.PUBLISHED[name] == dict(zip(SYSTEMS, errors)), name
+        assert (name in models.FINETUNED_IN_PAPER) == (name == 'mpp')
 
 
 def test_parts_of_the_domain():
@@ -86,7 +84,7 @@ def test_an_optimizer_step_is_the_formula(decays):
     """AdamW, betas (0.9, 0.95): two steps by hand. What a network calls undecayed is left alone by the decay."""
     network = torch.nn.Linear(1, 1, bias=False).double()
     network.undecayed = lambda name, parameter: not decays
-    c = config.Config(lr=0.1, weight_decay=0.05)
+    c = train.Config(lr=0.1, weight_decay=0.05)
     optimizer, p = train.optimizer_of(network, c), network.weight
     w, m, v = p.item(), 0.0, 0.0
     for step, g in enumerate((0.3, -0.2), 1):
@@ -101,7 +99,7 @@ def test_videomae_does_not_decay_biases_norms_and_the_mask_token():
     """[V] optim_factory.py."""
     network = models.find_model('videomae').VideoMAE(2, 16, 1, 2, 8, decoder_width=64, decoder_depth=1,
                                                      decoder_heads=1)
-    free, decayed = sorted(train.optimizer_of(network, config.Config()).param_groups, key=lambda g: g['weight_decay'])
+    free, decayed = sorted(train.optimizer_of(network, train.Config()).param_groups, key=lambda g: g['weight_decay'])
     own = dict(network.named_parameters())
     names = {name for name, p in own.items() if any(p is q for q in free['params'])}
     assert (free['weight_decay'], decayed['weight_decay']) == (0.0, 0.05)
@@ -123,7 +121,7 @@ class Recorder(torch.nn.Module):
 
 def steps_of(dtype='float32', x=torch.zeros(4, 1, 32, 16, 4), **settings):
     network = Recorder()
-    c = config.Config(batch=4, micro_batch=4, dtype=dtype, **settings)
+    c = train.Config(batch=4, micro_batch=4, dtype=dtype, **settings)
     model = Model(network, Inputs('any', ['a'], (True, True), (16, 4)), [0], [1], dtype=dtype)
     optimizer = train.optimizer_of(network, c)
     for step in 0, 1:
@@ -171,7 +169,7 @@ def decode(x):
 
 def batch_of(views, step=0, **settings):
     data = Places()
-    c = config.Config(views=views, crop=4, augment=True, batch=32, micro_batch=32, **settings)
+    c = train.Config(views=views, crop=4, augment=True, batch=32, micro_batch=32, **settings)
     x, labels = train.load_batch(data, c, step, 0)
     asked = data.windows[train.window_order(len(data.windows), c.seed, step * 32, 32)]
     assert torch.allclose(labels[:, 0], torch.tensor(1.5**0.5 * (asked[:, 0] - 1)))     # each window's own, z-scored
@@ -238,7 +236,7 @@ def test_the_attentive_probe_is_trained_as_claimed(monkeypatch):
     probe.attentive(splits, epochs=4, **probe.PAPER)                     # [C] no warmup, steps of 256 windows
     assert np.allclose(rates, [1e-3 * 0.5 * (1 + np.cos(np.pi * s / 4)) for s in range(4)])
     assert probe.PAPER == dict(batch=256, warmup_epochs=0, keep_best=False)
-    assert models.find_model('videomae').PAPER_PROBE == {'shear_flow': dict(noise=0.1, dropout=0.1)}    # [C] configs
+    assert models.PAPER_PROBE == {('videomae', 'shear_flow'): dict(noise=0.1, dropout=0.1)}    # [C] configs
 
 
 def test_probe_dropout_is_off_when_it_is_scored():

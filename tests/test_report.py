@@ -1,12 +1,13 @@
-"""report.py, tables.py: intervals, means over seeds, and that the pages say what results/ says."""
+"""report.py: intervals, means over seeds, and that the pages say what results/cells/ says."""
 import json
 
 import numpy as np
 import pytest
 
-import report
-import tables
-from model import find_model
+import eval as tables
+from benchmark import report
+from benchmark.report import read_cells
+from model import PUBLISHED, find_model
 
 
 def test_the_interval_is_over_runs():
@@ -36,7 +37,7 @@ def result(error, seed, row='JEPA', **changes):
             'seeds': {'data': seed, 'training': seed, 'probe': seed},
             'run': run(seed=seed),
             'rows': {row: scores(error), 'random init': scores(2 * error), 'field statistics': {
-                'linear': scores(ridge)['linear']}, 'predict the mean': scores(1.0), row + tables.PUBLISHED: {}},
+                'linear': scores(ridge)['linear']}, 'predict the mean': scores(1.0), row + tables.PUBLISHED_ROW: {}},
             'by_run': {row: runs(error), 'random init': runs(2 * error), 'field statistics': {
                 'linear': [ridge - 0.01, ridge + 0.01]}}, **changes}
 
@@ -49,7 +50,7 @@ def test_means_over_seeds(tmp_path):
     for seed, error in enumerate((0.2, 0.3, 0.4)):
         write(tmp_path, f'a-nano-seed{seed}', error, seed)
     write(tmp_path, 'a-nano-paired-seed0', 0.5, 0, run=run(200, init='out/x'), field='whole domain at 64 x 64')
-    table = report.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()
+    table = report.summary(read_cells(tmp_path), ['a-nano', 'a-nano-paired']).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.233, 0.367]']
@@ -58,15 +59,15 @@ def test_means_over_seeds(tmp_path):
     assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
     assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
     assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
-    each = report.summary(['parameters', 'a-nano'], tmp_path).splitlines()
+    each = report.summary(read_cells(tmp_path), ['parameters', 'a-nano']).splitlines()
     assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 ~ | 0.400' in each[2]
-    alone = report.summary(['a-nano-seed1'], tmp_path).splitlines()
+    alone = report.summary(read_cells(tmp_path), ['a-nano-seed1']).splitlines()
     assert alone[2].startswith('| JEPA | 1 | 100 | 0.300 [')
     with pytest.raises(ValueError, match='b-nano'):
-        report.summary(['b-nano'], tmp_path)
+        report.summary(read_cells(tmp_path), ['b-nano'])
     page = 'before\n<!-- results: a-nano -->\nold\n<!-- /results -->\nafter'
-    assert report.with_tables(page, tmp_path).splitlines()[2] == table[0]
-    assert report.with_tables(report.with_tables(page, tmp_path), tmp_path).endswith('<!-- /results -->\nafter')
+    assert report.with_tables(page, read_cells(tmp_path)).splitlines()[2] == table[0]
+    assert report.with_tables(report.with_tables(page, read_cells(tmp_path)), read_cells(tmp_path)).endswith('<!-- /results -->\nafter')
 
 
 def test_what_is_no_better_than_random_weights_is_marked():
@@ -82,27 +83,27 @@ def test_variants_that_start_alike_share_the_row_of_random_weights(tmp_path):
     changed['rows']['random init'], changed['by_run']['random init'] = [
         result(0.2, 0)[k]['random init'] for k in ('rows', 'by_run')]
     (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
-    titles = [line.split(' | ')[0] for line in report.summary(['a-nano', 'a-nano-paired'], tmp_path).splitlines()[2:]]
+    titles = [line.split(' | ')[0] for line in report.summary(read_cells(tmp_path), ['a-nano', 'a-nano-paired']).splitlines()[2:]]
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, paired']
     changed['rows']['random init'] = result(0.3, 0)['rows']['random init']                 # from other weights
     (tmp_path / 'a-nano-paired-seed0.json').write_text(json.dumps(changed))
-    assert '| JEPA, paired: random init | 1 |' in report.summary(['a-nano', 'a-nano-paired'], tmp_path)
+    assert '| JEPA, paired: random init | 1 |' in report.summary(read_cells(tmp_path), ['a-nano', 'a-nano-paired'])
 
 
 def test_one_row_is_one_experiment(tmp_path):
     """Its files differ in their seeds, in nothing else; where they lie does not matter."""
     write(tmp_path, 'a-nano-seed0', 0.2, 0)
     write(tmp_path, 'a-nano-seed1', 0.3, 1, run=run(out='out/elsewhere', seed=1))
-    assert '| JEPA | 2 |' in report.summary(['a-nano'], tmp_path)
+    assert '| JEPA | 2 |' in report.summary(read_cells(tmp_path), ['a-nano'])
     for changes in dict(run=run(lr=0.1)), dict(probe={**PROBE, 'finetune': '5'}), dict(seeds=SEEDS):
         write(tmp_path, 'a-nano-seed1', 0.3, 1, **changes)
         with pytest.raises(ValueError, match='a-nano-seed1.json'):
-            report.summary(['a-nano'], tmp_path)
+            report.summary(read_cells(tmp_path), ['a-nano'])
     tuned = result(0.2, 0)
     for key in 'rows', 'by_run':
         tuned[key]['JEPA, fine-tuned'] = tuned[key]['JEPA']
     (tmp_path / 'b-nano-seed0.json').write_text(json.dumps(tuned))
-    assert '| JEPA, fine-tuned | 1 |' in report.summary(['b-nano'], tmp_path)
+    assert '| JEPA, fine-tuned | 1 |' in report.summary(read_cells(tmp_path), ['b-nano'])
 
 
 def test_the_encoder_with_labels_has_a_row(tmp_path):
@@ -112,7 +113,7 @@ def test_the_encoder_with_labels_has_a_row(tmp_path):
         changed[key]['random init'] = result(0.2, 0)[key]['random init']
     (tmp_path / 'a-nano-supervised-seed0.json').write_text(json.dumps(changed))
     titles = [line.split(' | ')[0] for line in
-              report.summary(['a-nano', 'a-nano-supervised'], tmp_path).splitlines()[2:]]
+              report.summary(read_cells(tmp_path), ['a-nano', 'a-nano-supervised']).splitlines()[2:]]
     assert titles == ['| JEPA', '| JEPA: random init', '| field statistics', '| JEPA, supervised']
 
 
@@ -129,7 +130,7 @@ def test_systems_side_by_side(tmp_path):
             put(system, 'jepa-nano-vicreg', 'JEPA', 0.01 * scale + 0.002 * seed, seed, rank=rank)
             put(system, 'pixels-nano', 'pixels', 0.2 * scale + 0.1 * seed, seed)
     put('rayleigh_benard', 'jepa-nano-vicreg', 'JEPA', 0.5, 0)
-    table = report.side_by_side(tmp_path).splitlines()
+    table = report.side_by_side(read_cells(tmp_path)).splitlines()
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
@@ -139,10 +140,10 @@ def test_systems_side_by_side(tmp_path):
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
         (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
-    alone = report.side_by_side(tmp_path).splitlines()
+    alone = report.side_by_side(read_cells(tmp_path)).splitlines()
     assert any(line.split(' | ')[0] == '| pixels' and line.split(' | ')[4:7] == ['-', '-', '-'] for line in alone)
     page = '<!-- results: latents-or-pixels -->\n<!-- /results -->'
-    assert report.with_tables(page, tmp_path).splitlines()[1] == table[0]
+    assert report.with_tables(page, read_cells(tmp_path)).splitlines()[1] == table[0]
 
 
 @pytest.mark.parametrize('changes', [
@@ -155,7 +156,7 @@ def test_what_one_table_cannot_compare_is_refused(tmp_path, changes):
     write(tmp_path, 'a-nano-seed0', 0.2, 0, generalization={})
     write(tmp_path, 'a-nano-seed1', 0.2, 1, **changes)
     with pytest.raises(ValueError, match='a-nano-seed1.json'):
-        report.summary(['a-nano'], tmp_path)
+        report.summary(read_cells(tmp_path), ['a-nano'])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,14 +214,14 @@ def test_table_one_stands_beside_the_papers(tmp_path):
         put(tmp_path, 'active_matter-mpp-nano', 0.4, seed, 'MPP', probe={**PROBE, 'finetune': '5'})
         put(tmp_path, 'active_matter-jepa-nano', 0.05, seed)             # of another table
     tuned(tmp_path, 'active_matter-mpp-nano', 0.3, 0.305, 0, 1)
-    head, rows = cells_of(report.table_one('nano', tmp_path))
+    head, rows = cells_of(report.table_one(read_cells(tmp_path), 'nano'))
     assert head == ['', *(f'{system}: {c}' for system in ('active_matter', 'shear_flow')
                           for c in ('the paper', *tables.PROBES))]
     assert [row[0] for row in rows] == ['JEPA', 'VideoMAE', 'MPP', 'DISCO', 'MPP, fine-tuned', 'JEPA, supervised',
                                         'JEPA: random init', 'MPP: random init', 'MPP: random init, fine-tuned',
                                         'field statistics', 'predict the mean']
     by = {row[0]: row[1:] for row in rows}
-    jepa, mpp = find_model('jepa').PAPER, find_model('mpp').PAPER
+    jepa, mpp = PUBLISHED['jepa'], PUBLISHED['mpp']
     assert by['JEPA'] == [f'{jepa["active_matter"]:.3f}', *['0.210 ± 0.014'] * 3,
                           f'{jepa["shear_flow"]:.3f}', *['0.210 ± 0.014'] * 3]
     assert by['MPP'] == ['-', *['0.400 ± 0.000'] * 3, '-', '-', '-', '-']          # the paper's is fine-tuned
@@ -229,14 +230,11 @@ def test_table_one_stands_beside_the_papers(tmp_path):
     assert by['JEPA, supervised'][:2] == ['-', '0.100 ± 0.000'] and by['predict the mean'] == ['-', '1', '1', '1'] * 2
     assert by['field statistics'][:4] == ['-', '-', '0.015 ± 0.007', '-']
     assert by['MPP: random init, fine-tuned'][1] == '0.310 ± 0.007' and by['JEPA: random init'][1] == '0.900 ± 0.000'
-    alone = cells_of(report.table_one('nano', tmp_path, ['linear']))
-    assert alone[0] == [name for name in head if 'attentive' not in name and 'knn' not in name]
-    assert [row[1:] for row in alone[1]] == [[row[i] for i in (1, 3, 5, 7)] for row in rows]
     for seed in 0, 1:
         put(tmp_path, 'active_matter-mpp-nano', 0.4, seed, 'MPP', probe={**PROBE, 'finetune': '5'})
     tuned(tmp_path, 'active_matter-mpp-nano', 0.3, None, 0, 1)           # then they are compared with frozen ones
     assert '| MPP, fine-tuned | {:.3f} | 0.305 ± 0.007 | - |'.format(mpp['active_matter']) in \
-        report.table_one('nano', tmp_path)
+        report.table_one(read_cells(tmp_path), 'nano')
 
 
 def test_the_papers_own_way_of_fine_tuning_has_its_number(tmp_path, monkeypatch):
@@ -245,8 +243,8 @@ def test_the_papers_own_way_of_fine_tuning_has_its_number(tmp_path, monkeypatch)
     tuned(tmp_path, 'active_matter-mpp-paper', 0.3, 0.9, 0, how='fine-tuned as in the paper')
     put(tmp_path, 'active_matter-mpp-nano', 0.7, 0, 'MPP')
     monkeypatch.delattr(find_model('pixels'), 'TITLE')
-    by = {row[0]: row[1:] for row in cells_of(report.table_one('paper', tmp_path))[1]}
-    published = find_model('mpp').PAPER['active_matter']
+    by = {row[0]: row[1:] for row in cells_of(report.table_one(read_cells(tmp_path), 'paper'))[1]}
+    published = PUBLISHED['mpp']['active_matter']
     assert by['MPP, fine-tuned as in the paper'] == [f'{published:.3f}', '0.300', '-', '-']
     assert by['MPP'][:2] == ['-', '0.400'] and by['JEPA'][1:] == ['-', '-', '-']                     # not run
 
@@ -259,7 +257,7 @@ def test_curves_of_labels(tmp_path):
         put(tmp_path, 'shear_flow-jepa-nano-short-supervised-10', 0.6 + 0.1 * seed, seed, 'JEPA, supervised')
     put(tmp_path, 'shear_flow-jepa-nano-short-supervised-1', 0.95, 0, 'JEPA, supervised')
     put(tmp_path, 'active_matter-jepa-nano-short-supervised-2', 0.5, 0, 'JEPA, supervised')
-    curves = report.label_curves('shear_flow', tmp_path)
+    curves = report.label_curves(read_cells(tmp_path), 'shear_flow')
     assert {title for title, _ in curves} == {'JEPA', 'JEPA: random init', 'field statistics',
                                               'JEPA, supervised, from scratch'}
     assert curves['JEPA', 'attentive'] == {0.1: pytest.approx([0.3, 0.32]), 1.0: [0.2, 0.22]}
@@ -268,7 +266,7 @@ def test_curves_of_labels(tmp_path):
     assert ('field statistics', 'knn') not in curves
     for p in tables.PROBES:
         assert curves['JEPA, supervised, from scratch', p] == {1.0: [0.1, 0.1], 0.01: [0.95], 0.1: [0.6, 0.7]}
-    head, rows = cells_of(report.labels_table('shear_flow', tmp_path))
+    head, rows = cells_of(report.labels_table(read_cells(tmp_path), 'shear_flow'))
     assert head == ['shear_flow', 'probe', '1%', '10%', '100%']
     assert ['JEPA', 'attentive', '-', '0.310 ± 0.014', '0.210 ± 0.014'] in rows
     assert ['JEPA, supervised, from scratch', 'linear', '0.950', '0.650 ± 0.071', '0.100 ± 0.000'] in rows
@@ -288,7 +286,7 @@ def test_how_far_an_encoder_carries(tmp_path):
         r = json.loads(file.read_text())
         del r['generalization']
         file.write_text(json.dumps(r))
-    head, rows = cells_of(report.carried_table('shear_flow', tmp_path))
+    head, rows = cells_of(report.carried_table(read_cells(tmp_path), 'shear_flow'))
     assert head == ['shear_flow', 'probe', 'between', 'all values, clean', 'noise 1', 'half resolution']
     assert rows == [['JEPA', 'attentive', '-', '0.210 ± 0.014', '0.610 ± 0.014', '0.510 ± 0.014'],
                     ['JEPA', 'linear', '0.410 ± 0.014 (0.105)', *rows[0][3:]],
@@ -307,7 +305,7 @@ def test_random_weights_carry_as_whoever_tried_says(tmp_path):
     r = json.loads(file.read_text())
     del r['generalization']
     file.write_text(json.dumps(r))
-    titles = [row[0] for row in cells_of(report.carried_table('shear_flow', tmp_path))[1]]
+    titles = [row[0] for row in cells_of(report.carried_table(read_cells(tmp_path), 'shear_flow'))[1]]
     assert titles == ['JEPA, supervised', 'JEPA, supervised', 'JEPA: random init', 'field statistics']
 
 
@@ -322,13 +320,13 @@ def test_what_the_models_cost(tmp_path):
             put(tmp_path, f'{system}-jepa-nano-vicreg', 0.2, seed, run=run(25600, seed=seed), cost=cost,
                 parameters={'encoder': 1000 * scale, 'attentive probe': 7})
     put(tmp_path, 'active_matter-videomae-nano', 0.3, 0, 'VideoMAE')
-    head, rows = cells_of(report.cost_table(tmp_path))
+    head, rows = cells_of(report.cost_table(read_cells(tmp_path)))
     assert head == ['', 'parameters of the encoder', 'windows seen', 'GFLOP a window', 'TFLOP in all', 'minutes',
                     'peak GB']
     assert rows == [['JEPA', '1,000 to 3,000', '25,600', '0.500 to 1.500', '12.8 to 38.4', '1 to 2', '0.5 to 1.5']]
 
 
-def test_the_words_of_a_marker_choose_its_table(tmp_path, monkeypatch):
+def test_the_words_of_a_marker_choose_its_table(monkeypatch):
     kinds = dict(side_by_side='latents-or-pixels', cost_table='cost', labels_table='labels s',
                  carried_table='carried s')
     for name in kinds:
@@ -336,11 +334,10 @@ def test_the_words_of_a_marker_choose_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'table_one', lambda *args: ('table_one', *args))
     monkeypatch.setattr(report, 'summary', lambda *args: ('summary', *args))
     for name, words in kinds.items():
-        assert report.made(words.split(), tmp_path) == (name, *words.split()[1:], tmp_path)
-    assert report.made(['table-1'], tmp_path) == ('table_one', 'nano', tmp_path, report.PROBES)
-    assert report.made(['table-1', 'knn'], tmp_path) == ('table_one', 'nano', tmp_path, ['knn'])
+        assert report.make_table(words.split(), {}) == (name, {}, *words.split()[1:])
+    assert report.make_table(['table-1'], {}) == ('table_one', {})
     for names in ['parameters', 'a-nano'], ['labels'], ['cost', 'a-nano'], ['labels', 'a', 'b']:
-        assert report.made(names, tmp_path) == ('summary', names, tmp_path)
+        assert report.make_table(names, {}) == ('summary', {}, names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,22 +351,23 @@ def test_the_pages_say_what_results_says(capsys):
 def test_pages_are_written_where_they_are_wrong(tmp_path, monkeypatch, capsys):
     """--check finds the page and writes nothing; without it, the table is made anew, and all around it stays."""
     monkeypatch.setattr(report, 'HERE', tmp_path)
-    (tmp_path / 'results').mkdir()
-    write(tmp_path / 'results', 'a-nano-seed0', 0.2, 0)
+    (tmp_path / 'results' / 'cells').mkdir(parents=True)
+    (tmp_path / 'docs').mkdir()
+    write(tmp_path / 'results' / 'cells', 'a-nano-seed0', 0.2, 0)
     for page in report.PAGES:
         (tmp_path / page).write_text(f'of {page}\n<!-- results: a-nano -->\n<!-- /results -->\nend\n')
     report.main([])
     assert capsys.readouterr().out.count(': written') == len(report.PAGES) == 3
     report.main(['--check'])
-    wrong = tmp_path / 'NOTES.md'
+    wrong = tmp_path / 'docs/notebook.md'
     right = wrong.read_text()
-    assert right.startswith('of NOTES.md\n') and right.endswith('\n<!-- /results -->\nend\n') and '| 0.200 [' in right
+    assert right.startswith('of docs/notebook.md\n') and right.endswith('\n<!-- /results -->\nend\n') and '| 0.200 [' in right
     wrong.write_text(right.replace('0.200', '0.100'))
     with pytest.raises(SystemExit) as left:
         report.main(['--check'])
-    assert left.value.code == 2 and 'NOTES.md has other numbers' in capsys.readouterr().err
+    assert left.value.code == 2 and 'docs/notebook.md has other numbers' in capsys.readouterr().err
     assert wrong.read_text() != right
     report.main([])
     assert wrong.read_text() == right
     said = capsys.readouterr().out
-    assert 'NOTES.md: written' in said and said.count('every table is what results/ gives') == 2
+    assert 'docs/notebook.md: written' in said and said.count(': written') == 1
