@@ -3,253 +3,462 @@ What a pretrained encoder knows of the physics: the error table.
 
     python eval.py                                # the newest run under out/, on valid: to tune by
     python eval.py --split test                   # on test: to report, once
-    python eval.py out/...                        # that one (its folder, or the checkpoint in it)
-    python eval.py out/... out/...                # several in one table
-    python eval.py out/... --finetune             # also train encoder and head end to end (finetune.py)
-    python eval.py out/... --generalize           # fewer labels, unseen parameters, spoilt fields (generalize.py)
-    python eval.py out/... --probe paper          # the attentive probe as the paper's code trains it
-    python eval.py out/... --save-embeddings FILE # also keep what the encoder gave, for plot.py
-    python eval.py --all                          # the paper's table 1, from everything under out/
-    python eval.py --latents FOLDER --data NAME   # published embeddings in place of a run
-    torchrun --nproc_per_node=8 eval.py out/...   # the same table, sooner: all processes embed, the first does the rest
+    python eval.py out/... out/...                # several runs in one table
+    python eval.py out/... --finetune             # also train encoder and head end to end
+    python eval.py out/... --generalize           # fewer labels, unseen parameters, spoilt fields
+    python eval.py out/... --save-embeddings FILE # keep the mean tokens of all windows
+    torchrun --nproc_per_node=8 eval.py out/...   # the same table, sooner
 
-Embeds windows of the train, valid and test splits, --stride frames apart, once with the frozen encoder, fits
-three probes (probe.py) to the parameters of the simulations, and prints their mean squared error on --split, with
-the parameters z-scored by the training split: guessing the mean scores 1. The rows that keep the encoder
-honest: the same encoder before training, and hand-made statistics of the fields with ridge regression.
-Each run's rows go to eval.json beside its checkpoint, whatever else is in the table.
+Three probes (probe.py) read the z-scored parameters from frozen tokens of windows; the table has
+their mean squared errors: guessing the mean scores 1. Two rows keep the encoder honest: itself
+before training, and hand-made field statistics. The rows go to eval.json beside each checkpoint.
 """
 import io
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from common import (RANK, Progress, at_least, machine, option, parse, peak_memory, pick_device, script, shared,
-                    start_ranks, write_bytes, write_text)
-
+from common import (FRAMES, LOCAL_RANK, RANK, SPLITS, WORLD, Progress, at_least, data_folder,
+                    from_rank_0, gather_on_rank_0, git_hash, machine, one_rank_first, option, parse,
+                    peak_memory, pick_device, prefetch, say, script, start_ranks, write_bytes,
+                    write_text)
 import numpy as np
 import torch
 
-import generalize
 import model as models
 import probe
-import systems
-from data import read_recipe
-from embed import Run, embed_along
-from finetune import epochs_of, finetune
-from tables import PROBES, PUBLISHED, print_carried, print_table, print_table_one
+from benchmark import finetune, generalize
+from data import Split, find_dataset, read_recipe
+from systems.numerics import Grid
+from train import config_of
 
-CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}   # of the log; the rest is learned
-# what rows depend on
-TUNED = 'split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize', 'fractions'
-
+LOADED = 2**26                                                 # bytes of windows embedded at once
+PROBES = 'attentive', 'linear', 'knn'
+PUBLISHED_ROW = ', the paper (valid)'                          # ends the name of a published row
+SHARED = 'field statistics', 'predict the mean'                # rows that do not depend on the run
+CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}       # terms of the log
+TUNED = ('split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize',
+         'fractions')                                          # settings that rows depend on
 
 @dataclass
 class Settings:
-    split: str = option('valid', 'that is scored: valid, to tune by, or test, to report', 'what')
-    all: bool = option(False, "the paper's table 1 from everything under out/", 'what', bare=True)
-    latents: str = option('', 'folder of published embeddings to probe: train/ and valid/batch_*.pt', 'what')
-    save_embeddings: str = option('', 'npz file for mean tokens, labels and run ids of every window', 'what')
-    data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the checkpoint's", 'data')
-    data: str = option('', 'system of the --latents', 'data')
-    stride: int = option(0, 'frames between probed windows; 0: 4 for nano, else as in training', 'data')
+    split: str = option('valid', 'scored: valid, to tune by, or test, to report', 'what')
+    save_embeddings: str = option('', 'npz file for mean tokens, labels and runs', 'what')
+    data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the run's", 'data')
+    stride: int = option(0, 'frames between windows; 0: 4 for nano, else as in training', 'data')
     batch: int = option(16, 'windows embedded at once', 'data')
-    probe: str = option('ours', "how the attentive probe is trained: ours, or paper, as in its code, on valid", 'probe')
+    probe: str = option('ours', 'training of the attentive probe: ours or paper', 'probe')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
-    mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's (the model's, or else 12 up to "
-                                   'width 128 and 0.25 above)', 'probe')
-    generalize: bool = option(False, 'also probe with fewer labels, at unseen parameters, and on noisy and coarse '
-                                     'fields (generalize.py)', 'probe', bare=True)
-    fractions: str = option('runs', 'of what --generalize takes fractions: runs, or windows', 'probe')
-    finetune: str = option('', 'also train encoder and attentive head end to end: paper, or a number of epochs of '
-                               'our own protocol; 5 if given alone', 'probe', '5')
-    finetune_lr: float = option(1e-5, 'learning rate of the encoder in ours', 'probe')
-    seed: int = option(-1, "seed of the attentive probe; -1: the run's", 'probe')
+    mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's", 'probe')
+    generalize: bool = option(False, 'fewer labels, new values, spoilt fields', 'probe', bare=True)
+    fractions: str = option('runs', 'what --generalize takes a share of: runs or windows', 'probe')
+    finetune: str = option('', 'also train end to end: epochs (alone: 5), or paper', 'probe', '5')
+    finetune_lr: float = option(1e-5, 'learning rate of the encoder in --finetune', 'probe')
+    seed: int = option(-1, "of the attentive probe; -1: the run's", 'probe')
     device: str = option('auto', 'cuda, cpu, or auto', 'machine')
 
+# --- windows through the encoder
+class Run:
+    """A checkpoint, its windows {split: (n, 2): run, first frame} and z-scored targets (n, L)."""
+    def __init__(self, path, args):
+        # the checkpoint: only rank 0 needs the file, or its folder
+        self.path, state = models.checkpoint_of(path), None
+        if RANK == 0:
+            state = {k: v for k, v in models.load_checkpoint(self.path).items() if k != 'optimizer'}
+        self.state = from_rank_0(state)
+        self.c = c = config_of(self.state, self.path)
+        self.name = models.title(c.model) + (', supervised' if c.supervised else '')
+        self.device, self.batch = pick_device(args.device), args.batch
+        self.mlp_ratio = args.mlp_ratio or models.PROBE_MLP_RATIO.get(c.model, 0.0)
+        # its data
+        self.root, self.system, _ = find_dataset(c.data, data_folder(args.data_dir, c.data_dir))
+        names = SPLITS if args.split == 'test' or args.save_embeddings else SPLITS[:2]
+        with one_rank_first(LOCAL_RANK == 0):
+            self.splits = {name: Split(self.root, self.system, name, c.resolution, c.stride,
+                                       c.cache_dir, c.whole, os.cpu_count()) for name in names}
+        # do they fit together?
+        self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
+        self.shown = [self.system.name_of(name) for name in self.labels]
+        for name, split in self.splits.items():
+            if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():
+                raise ValueError(f'{self.root}, {name}: channels or scalars are not those '
+                                 f'{self.path} was trained on')
+        # its seeds, and the code that evaluates it
+        self.git, self.probe_seed = git_hash(), args.seed if args.seed >= 0 else c.seed
+        self.seeds = {'data': read_recipe(self.root).get('seed', 'none'), 'training': c.seed,
+                      'probe': self.probe_seed}
+        self.probe_on(args.stride or (4 if c.preset in ('nano', 'smoke') else c.stride))
 
-# ---------------------------------------------------------------------------------------------
-# rows of the table: {probe: estimates of the labels of the windows of the scored split (n, L)}
+    def windows_at(self, stride):
+        """{split: windows (n, 2)}, `stride` frames apart, and {split: their targets (n, L)}."""
+        windows = {name: split.windows_at(stride) for name, split in self.splits.items()}
+        if self.c.label_fraction < 1:                          # probes know no more labels than it
+            windows['train'] = self.splits['train'].with_labels(
+                windows['train'], self.c.label_fraction, self.c.seed)
+        mean, std = (np.array(self.state[key]) for key in ('label_mean', 'label_std'))
+        of_runs = {name: (s.labels(self.labels) - mean) / std for name, s in self.splits.items()}
+        return windows, {name: torch.tensor(of_runs[name][w[:, 0]]) for name, w in windows.items()}
 
-def probes(splits, module, args, seed, device, description, attentive=True, epochs=0, **protocol):
-    """{probe: estimates (n, L)}; with or without the attentive one, of so many epochs at least."""
-    found, scored = {}, scored_of(splits, args)
-    if attentive:
+    def probe_on(self, stride, most=(None, None)):
+        """Set `windows` and `targets`. most: of train and valid, at most so many are drawn."""
+        self.stride, (self.windows, self.targets) = stride, self.windows_at(stride)
+        for name, n in zip(SPLITS, most):
+            if n is not None and n < len(self.windows[name]):
+                drawn = np.sort(np.random.default_rng(0).permutation(len(self.windows[name]))[:n])
+                for values in self.windows, self.targets:
+                    values[name] = values[name][drawn]
+
+    def field(self):
+        """What the encoder sees of a window, in words."""
+        (H, W), (h, w) = self.splits['train'].size, self.state['inputs']['size']
+        whole = self.c.whole or self.system.crop == ((0, 1), (0, 1))
+        part = 'whole domain' if whole else "paper's part of the domain"
+        tiles = len(models.tile_starts(H, h)) * len(models.tile_starts(W, w))
+        tiled = tiles > 1 and not getattr(models.find_model(self.c.model), 'ANY_SIZE', False)
+        return f'{part} at {H} x {W}' + (f', in {tiles} tiles of {h} x {w}' if tiled else '')
+
+    def model(self, device, trained=True):
+        return models.model_of(self.state, self.path, device, trained)
+
+    def encode(self, model, frozen=True, noise=None):
+        """A function: raw windows (B, C, 16, H, W), and seeds of their noise -> tokens (B, N, D).
+
+        noise: its std, in units of what the network is given; None: as in training. seeds: a tuple
+        of numbers for each window; without them, noise is drawn anew at every call.
+        """
+        device, noise = model.mean.device, self.c.noise if noise is None else noise
+        anew = torch.Generator(device).manual_seed(self.c.seed)
+
+        def function(x, seeds=()):
+            x = x.to(device, model.mean.dtype)
+            if noise > 0:
+                generators = [torch.Generator(device).manual_seed(draw_seed(seed))
+                              for seed in seeds] or [anew] * len(x)
+                drawn = [torch.randn(x.shape[1:], generator=generator, device=device, dtype=x.dtype)
+                         for generator in generators]          # (C, 16, H, W) each
+                x = x + noise * model.std * torch.stack(drawn)
+            return model.embed(x) if frozen else model.features(x)
+        return function
+
+    def measure(self, x, seeds):
+        """Hand-made statistics of raw windows (B, C, 16, H, W), as if tokens: (B, 1, S)."""
+        fields = {name: x[:, i] for i, name in enumerate(self.channels)}          # (B, T, H, W)
+        found = self.system.statistics(fields, Grid(*self.splits['train'].grid))
+        return torch.stack(list(found.values()), 1)[:, None]
+
+    def embed(self, function, title, spoilt='', only=SPLITS):
+        """{split: (tokens (n, N, D) of all its windows, on the CPU, targets (n, L))}, on rank 0.
+
+        function: as from `encode`. spoilt: one of generalize.INPUTS. ValueError: tokens not finite.
+        """
+        # jobs: batches of at most LOADED bytes
+        C, (H, W) = len(self.channels), self.splits['train'].size
+        size = max(1, min(self.batch, LOADED // (4 * C * FRAMES * H * W)))
+        windows = {name: w for name, w in self.windows.items() if name in only}
+        jobs = [(name, i) for name, w in windows.items() for i in range(0, len(w), size)]
+        batches = self.batches(function, spoilt, jobs[RANK::WORLD], size)
+        named, out = f'embedding, {title}' + (f', {spoilt}' if spoilt else ''), {}
+        with (Progress(sum(map(len, windows.values())), named, 'window', disable=RANK > 0) as bar,
+              torch.no_grad()):
+            for i in range(0, len(jobs), WORLD):                  # a batch of each rank, in order
+                gathered = gather_on_rank_0(next(batches, None))
+                for (name, first), tokens in zip(jobs[i:i + WORLD], gathered):
+                    if name not in out:                        # now the size of tokens is known
+                        shape = len(windows[name]), *tokens.shape[1:]
+                        out[name] = probe.room_for(*shape, self.path.parent), self.targets[name]
+                    out[name][0][first:first + len(tokens)] = tokens
+                    bar.update(len(tokens))
+        return out
+
+    def batches(self, function, spoilt, jobs, size):
+        """Tokens (B, N, D) of each job: (split, number of the first of `size` windows)."""
+        std = self.splits['train'].normalization(True)[1]
+        def load(job):
+            name, first = job
+            return self.splits[name].load(self.windows[name][first:first + size], frames=FRAMES)
+        for (name, first), x in zip(jobs, prefetch(load, jobs, workers=1)):
+            # what is drawn for a window depends on it alone
+            seeds = [(self.c.seed, 5, SPLITS.index(name), *window)
+                     for window in self.windows[name][first:first + size]]
+            if spoilt:
+                noise = [draw_seed((*seed[:3], 7, *seed[3:])) for seed in seeds]
+                x = generalize.spoilt(x, spoilt, std, noise)
+            tokens = function(x, seeds).float().cpu()          # (B, N, D)
+            tokens = tokens.to(probe.kept_as(len(self.windows[name]), *tokens.shape[1:]))
+            if not tokens.isfinite().all():
+                raise ValueError(f'{self.path}: tokens are not finite, or too large for float16')
+            yield tokens
+
+def draw_seed(seed):
+    """A seed for torch from a tuple of numbers."""
+    return int(np.random.default_rng(seed).integers(2**63))
+
+# --- rows of the table: {probe: estimates of the labels of the scored windows (n, L)}
+def fit_probes(splits, args, title, mlp_ratio=0.0, seed=0, device='cpu', attentive=True, epochs=0,
+               ridge=False, **protocol):
+    """{probe: estimates (n, L)} of splits['scored'], else of splits[args.split].
+    epochs, protocol: of the attentive probe; at least args.epochs. ridge: the linear probe alone.
+    """
+    scored, rows = 'scored' if 'scored' in splits else args.split, {}
+    if attentive and not ridge:                                # in minutes, the others in seconds
         epochs = max(epochs, args.epochs)
-        with Progress(epochs, f'probing {description}', 'epoch') as bar:
-            found['attentive'], _ = probe.attentive(splits, ratio_of(module, args), epochs, scored=scored, seed=seed,
-                                                    device=device, tick=bar.update, **protocol)
-    return {**found, 'linear': probe.linear(splits, scored=scored), 'knn': probe.knn(splits, scored=scored)}
+        with Progress(epochs, f'probing {title}', 'epoch') as bar:
+            rows['attentive'], _ = probe.attentive(splits, mlp_ratio, epochs, scored=scored,
+                                                   seed=seed, device=device, tick=bar.update,
+                                                   **protocol)
+    rows['linear'] = probe.linear(splits, scored=scored)
+    return rows if ridge else rows | {'knn': probe.knn(splits, scored=scored)}
 
-
-def scored_of(splits, args):
-    """The name of the split that is scored: generalize.py has its own."""
-    return 'scored' if 'scored' in splits else args.split
-
-
-def ratio_of(module, args):
-    """MLP ratio of the attentive probe: the flag's, or the model's; 0: probe.AttentiveProbe chooses."""
-    return args.mlp_ratio or getattr(module, 'MLP_RATIO', 0.0)
-
-
-def field_statistics(run, args):
-    """(the row of hand-made statistics with ridge regression, how it carries); (None, {}) where a system has none."""
-    if run.system.statistics is None:
-        print(f'field statistics: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
-        return None, {}
-    ridge = lambda splits, *settings: {'linear': probe.linear(splits, scored=scored_of(splits, args))}
-    return row_of(run, args, with_products(embedded(run, args, 'field statistics')), ridge, trained=False)
-
-
-def embedded(run, args, what, noise=None):
-    """What run.embed gives; with --generalize also the scored split's windows in each way that they are spoilt."""
-    sets = run.embed(what, noise)
-    for how in generalize.INPUTS if args.generalize else ():
-        sets[how] = run.embed(what, noise, how, (args.split,)).get(args.split)
-    return sets
-
-
-def row_of(run, args, sets, fit, trained):
-    """(row of a table, {} or what --generalize finds). fit(splits, attentive, epochs) -> the row of some windows."""
-    if not args.generalize:                                              # a part of the runs is probed as there
-        return fit(sets, True, generalize.epochs_for(len(sets['train'][1])) if run.c.label_fraction < 1 else 0), {}
-    windows = run.windows['train']
-    if args.fractions == 'runs':
+def probe_row(run, args, splits, fit, trained):
+    """(a row, what --generalize finds or None) of embedded splits. fit: as fit_probes."""
+    if args.generalize:
+        # a share of the training runs, or of their windows
+        windows = run.windows['train']
         runs, order = windows[:, 0], run.splits['train'].labelled(1.0, run.c.seed)
-    else:
-        runs, order = None, np.random.default_rng([run.c.seed, 8]).permutation(len(windows))
-    return generalize.measure(sets, fit, runs, order, args.split, run.path.parent, trained)
+        if args.fractions == 'windows':
+            runs, order = None, np.random.default_rng([run.c.seed, 8]).permutation(len(windows))
+        return generalize.measure(splits, fit, runs, order, args.split, run.path.parent, trained)
+    few = run.c.label_fraction < 1                             # windows: as many steps all the same
+    return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
-
-def with_products(splits):
-    """Features (n, 1, S) -> z-scored, with all pairwise products appended: (n, 1, S + S(S+1)/2)."""
-    mean, std = splits['train'][0].mean(0), splits['train'][0].std(0) + 1e-9
-    out = {}
-    for name, (s, y) in splits.items():
-        s = (s - mean) / std
-        i, j = torch.triu_indices(s.shape[-1], s.shape[-1])
-        out[name] = (torch.cat([s, s[..., i] * s[..., j]], -1), y)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------
-# the table
-
-def evaluate_run(run, args):
-    """(rows of one run, {title: {probe: estimates}}; what eval.json says of the encoder; its tokens)."""
-    rows, carried, about, kept, noise, protocol = {}, {}, {}, None, None, {}
-    if args.probe == 'paper':                                            # some models have settings of their own there
-        protocol = probe.PAPER | getattr(run.module, 'PAPER_PROBE', {}).get(run.c.data, {})
+def evaluate_row(run, args, title):
+    """({title: row}, {title: what --generalize finds}, tokens by split), None on ranks but 0, of
+    run.name, the trained encoder; 'random init'; or 'field statistics', by the linear probe."""
+    trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
+    if by_hand and run.system.statistics is None:
+        say(f'{title}: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
+        return {}, {}, None
+    # the paper trains its probe in another way, and some models' probes in ways of their own
+    if args.probe == 'paper':
+        protocol = probe.PAPER | models.PAPER_PROBE.get((run.c.model, run.c.data), {})
         noise = protocol.pop('noise', None)
-    for title in run.name, 'random init':
-        sets = embedded(run, args, title, noise)
-        fit = lambda splits, *settings: probes(splits, run.module, args, run.probe_seed, run.device, title, *settings,
-                                               **protocol)
-        rows[title], carried[title] = row_of(run, args, sets, fit, title == run.name)
-        if title == run.name:
-            kept, means = sets if args.save_embeddings else None, probe.mean_tokens(sets['train'][0])
-            about = {'rank': {'effective': models.embedding_health(means)['embedding_rank'], 'of': means.shape[1]}}
-        del sets                                                         # it may be a large file
-        if args.finetune:
-            with Progress(epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
-                model = run.model(run.device, title == run.name)
-                tuned = finetune(run, model, args.finetune, args.batch, args.finetune_lr, ratio_of(run.module, args),
-                                 args.split, run.device, bar.update)
-            rows[f'{title}, {tuned_name(args)}'] = {'attentive': tuned}
-    network = models.unwrapped(run.model('cpu', trained=False).network)
-    encoder = getattr(network, 'encoder', network)
-    head = probe.AttentiveProbe(means.shape[1], len(run.labels), ratio_of(run.module, args))
-    parameters = {'encoder': sum(p.numel() for p in encoder.parameters()),
-                  'attentive probe': sum(p.numel() for p in head.parameters())}
-    return rows, {'parameters': parameters, **about, **({'generalization': carried} if args.generalize else {})}, kept
-
-
-def tuned_name(args):
-    return "fine-tuned as in the paper" if args.finetune == 'paper' else 'fine-tuned'
-
+    # embed: all ranks; with --generalize also the scored split, spoilt in each way
+    function = run.measure if by_hand else run.encode(run.model(run.device, trained), noise=noise)
+    splits = run.embed(function, title)
+    for how in generalize.INPUTS if args.generalize else ():
+        splits[how] = run.embed(function, title, how, (args.split,)).get(args.split)
+    if RANK > 0:
+        return None
+    # statistics are z-scored and get all pairwise products: (n, 1, S) -> (n, 1, S + S(S+1)/2)
+    if by_hand:
+        mean, std = splits['train'][0].mean(0), splits['train'][0].std(0) + 1e-9
+        i, j = torch.triu_indices(mean.shape[-1], mean.shape[-1])
+        for name, (s, y) in splits.items():
+            s = (s - mean) / std
+            splits[name] = torch.cat([s, s[..., i] * s[..., j]], -1), y
+    # probe: rank 0
+    fit = partial(fit_probes, args=args, title=title, mlp_ratio=run.mlp_ratio, seed=run.probe_seed,
+                  device=run.device, ridge=by_hand, **protocol)
+    row, carried = probe_row(run, args, splits, fit, trained)
+    rows = {title: row}
+    # fine-tune: encoder and head together
+    if args.finetune and not by_hand:
+        with Progress(finetune.epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
+            estimates = finetune.finetune(
+                run, run.model(run.device, trained), args.finetune, args.batch, args.finetune_lr,
+                run.mlp_ratio, args.split, run.device, bar.update)
+        how = 'fine-tuned as in the paper' if args.finetune == 'paper' else 'fine-tuned'
+        rows[f'{title}, {how}'] = {'attentive': estimates}
+    return rows, {title: carried}, splits
 
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
+    # a table is about one dataset, and all its rows about the same windows
     runs = [Run(path, args) for path in paths]
-    same = lambda r: (r.c.data, r.labels, r.state['label_mean'], [split.files for split in r.splits.values()])
-    if any(same(r) != same(runs[0]) for r in runs):
-        raise ValueError('the checkpoints are of different systems or datasets: a table is about one')
+    of_data = [(run.c.data, run.labels, run.state['label_mean'],
+                [split.files for split in run.splits.values()]) for run in runs]
+    if any(data != of_data[0] for data in of_data):
+        raise ValueError('the checkpoints are of different systems or datasets: a table has one')
+
     most = runs[0].system.probe_windows if args.probe == 'paper' else ()
-    for run in runs:                                                     # the same windows, whatever the presets
+    for run in runs:
         run.probe_on(max(r.stride for r in runs), most)
     results, statistics = [], {}
     for run in runs:
+        # what is probed
         started = time.perf_counter()
         counts = ' / '.join(str(len(w)) for w in run.windows.values())
-        print(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, {run.state["samples"]:,} '
-              f'windows seen; seeds: {", ".join(f"{k} {v}" for k, v in run.seeds.items())}\n  probed on {counts} '
-              f'windows, {run.stride} frames apart: {run.field()}', flush=True)
-        rows, about, tokens = evaluate_run(run, args)
-        print(f'  {about["parameters"]["encoder"]:,} parameters in the encoder, '
-              f'{about["parameters"]["attentive probe"]:,} in its attentive probe')
+        seeds = ', '.join(f'{k} {v}' for k, v in run.seeds.items())
+        say(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, '
+            f'{run.state["samples"]:,} windows seen; seeds: {seeds}\n  probed on {counts} windows, '
+            f'{run.stride} frames apart: {run.field()}')
+        # the encoder, the same before training, and what a physicist would measure
+        found = [evaluate_row(run, args, title) for title in (run.name, 'random init')]
         seen = run.c.resolution, run.c.whole
         if seen not in statistics:
-            statistics[seen] = field_statistics(run, args)
-        row, carried = statistics[seen]
-        if row:
-            rows['field statistics'] = row
-        if carried:
-            about['generalization']['field statistics'] = carried
-        rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
-        results.append(result_of(run, args, rows, about, time.perf_counter() - started))
+            statistics[seen] = evaluate_row(run, args, 'field statistics')
+        if RANK > 0:
+            continue
+        # keep it
+        result = result_of(run, args, [*found, statistics[seen]])
+        results.append(result | {'seconds': time.perf_counter() - started})
         write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
-            save_embeddings(Path(args.save_embeddings), run, tokens)
+            save_embeddings(Path(args.save_embeddings), run, found[0][2])
+    if RANK > 0:
+        return
+    # the table
     print_table(results)
     for result in results if args.generalize else ():
-        print_carried(result)
-    print(f'{sum(r["seconds"] for r in results) / 60:.1f} min, peak memory {peak_memory():.1f} GB; the same numbers '
-          f'are in ' + ', '.join(str(r.path.with_name('eval.json')) for r in runs))
+        generalize.print_carried(result)
+    files = ', '.join(str(run.path.with_name('eval.json')) for run in runs)
+    print(f'{sum(r["seconds"] for r in results) / 60:.1f} min, peak memory {peak_memory():.1f} GB; '
+          f'the same numbers are in {files}')
 
+def result_of(run, args, found):
+    """A run's eval.json: errors of what evaluate_row found (trained first), what they depend on."""
+    # errors
+    rows, generalization = {}, {}
+    for row, carried, _ in found:
+        rows, generalization = rows | row, generalization | carried
+    rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
+    scores, by_run = score(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
+    # the paper's number, for its own data
+    published = models.PUBLISHED.get(run.c.model, {}).get(run.c.data)
+    if published and not run.c.supervised and not read_recipe(run.root):          # of real data
+        scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
+    # the trained encoder, in numbers
+    means = probe.mean_tokens(found[0][2]['train'][0])
+    rank = models.embedding_health(means)['embedding_rank']
+    head = probe.AttentiveProbe(means.shape[1], len(run.labels), run.mlp_ratio)
+    parameters = {'encoder': models.count_parameters(run.model('cpu', trained=False))[0],
+                  'attentive probe': sum(p.numel() for p in head.parameters())}
+    say(f'  {parameters["encoder"]:,} parameters in the encoder, '
+        f'{parameters["attentive probe"]:,} in its attentive probe')
 
-def result_of(run, args, rows, about, seconds):
-    """What goes to a run's eval.json: errors of each row, and of each run of the scored split; what they depend on."""
-    scores, by_run = scored(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     log = run.path.with_name('log.jsonl')
-    paper = getattr(run.module, 'PAPER', {}).get(run.c.data)
-    if paper is not None and not run.c.supervised and not read_recipe(run.root):       # nothing of what we simulate
-        scores[run.name + PUBLISHED] = {'attentive': {'mean': paper}}
-    return {'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name, 'rows': scores,
-            'by_run': by_run, 'seconds': seconds, **about, 'field': run.field(), 'stride': run.stride,
-            'windows': {name: len(w) for name, w in run.windows.items()}, 'seeds': run.seeds,
-            'probe': {k: getattr(args, k) for k in TUNED}, 'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            'evaluated_by': run.git, 'machine': machine(run.device),
-            'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset, 'seed': run.c.seed,
-                    'windows_seen': run.state['samples'], 'train_seconds': run.state['seconds'],
-                    **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1)}, 'last_steps': last_steps(log),
-                    'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
+    return {
+        'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name,
+        'rows': scores, 'by_run': by_run, 'parameters': parameters,
+        'rank': {'effective': rank, 'of': means.shape[1]},
+        **({'generalization': generalization} if args.generalize else {}),
+        # what they depend on
+        'field': run.field(), 'stride': run.stride, 'seeds': run.seeds,
+        'windows': {name: len(w) for name, w in run.windows.items()},
+        'probe': {k: getattr(args, k) for k in TUNED},
+        'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'evaluated_by': run.git, 'machine': machine(run.device),
+        # the training
+        'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset,
+                'seed': run.c.seed, 'windows_seen': run.state['samples'],
+                'train_seconds': run.state['seconds'], 'last_steps': last_steps(log),
+                **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1)},
+                'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
 
+def log_lines(log, steps):
+    """The last so many lines of a training log, as dicts; [] if there is none."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines[-steps:]]
 
 def last_steps(log, steps=100):
-    """What a training log says of its last steps: the means of its losses and of the embedding's spread and rank."""
+    """Means over the last lines of a log, of its losses and of the embedding's health."""
     lines = log_lines(log, steps)
     names = lines[-1].keys() - CLOCKS if lines else ()
-    return {name: float(np.mean([line[name] for line in lines if name in line])) for name in sorted(names)}
+    return {name: float(np.mean([line[name] for line in lines if name in line]))
+            for name in sorted(names)}
 
-
-def log_lines(log, last):
-    """The last so many lines of a training log, which may not be there."""
-    return [json.loads(line) for line in log.read_text().splitlines()[-last:]] if log.exists() else []
-
-
-def scored(rows, targets, runs, labels):
-    """Errors of estimates: {row: {probe: {label or 'mean': MSE}}}, and {row: {probe: the mean's, run by run}}."""
+def score(rows, targets, runs, labels):
+    """Errors of estimates: {row: {probe: {label or 'mean': MSE}}}, {row: {probe: [MSE by run]}}."""
     scores, by_run = {}, {}
     for name, by_probe in rows.items():
-        squared = {p: (estimates - targets).pow(2) for p, estimates in by_probe.items()}               # (n, L)
         scores[name], by_run[name] = {}, {}
-        for p, e in squared.items():
-            scores[name][p] = {**dict(zip(labels, e.mean(0).tolist())), 'mean': e.mean().item()}
+        for p, estimates in by_probe.items():
+            e = (estimates - targets).pow(2)                   # (n, L)
+            scores[name][p] = dict(zip(labels, e.mean(0).tolist())) | {'mean': e.mean().item()}
             by_run[name][p] = [round(e[runs == r].mean().item(), 6) for r in np.unique(runs)]
     return scores, by_run
 
+def save_embeddings(path, run, tokens):
+    """An npz of every probed window: mean token, labels, run, frame, file and split."""
+    parts = []
+    for name, split in run.splits.items():
+        which, frames = run.windows[name].T
+        parts.append({
+            'embedding': probe.mean_tokens(tokens[name][0]).float().numpy(),
+            'labels': np.stack([split.scalars[k] for k in run.labels], 1)[which],
+            'run': which, 'frame': frames, 'split': np.full(len(which), name),
+            'filename': np.array([r['file'] for r in split.runs])[which]})
+
+    buffer = io.BytesIO()
+    np.savez(buffer, system=run.c.data, model=run.name, label_names=run.shown,
+             log_labels=[name in run.system.log_labels for name in run.labels],
+             **{key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+    write_bytes(path, buffer.getvalue())
+    print(f'{path}: the mean tokens of {sum(map(len, run.windows.values()))} windows')
+
+# --- the table
+def interval(by_run, draws=2000):
+    """95% bootstrap interval of the mean of errors (R,): runs, not windows, are drawn anew."""
+    drawn = np.random.default_rng(0).integers(len(by_run), size=(draws, len(by_run)))
+    return np.quantile(np.asarray(by_run)[drawn].mean(1), [0.025, 0.975]).tolist()
+
+def merge_rows(results, key='rows'):
+    """The rows of several runs' eval.json as one table's. What they share stands once, last."""
+    rows, shared, paper = {}, {}, {}
+    for r in results:
+        name = r['row']
+        while name in rows:                                    # several runs of one model
+            name += "'"
+        for title, row in r[key].items():
+            if title.endswith(PUBLISHED_ROW):
+                paper[title] = row
+            elif title in SHARED:
+                shared.setdefault(title, row)
+            elif title.startswith(r['row']):
+                rows[name + title[len(r['row']):]] = row
+            else:                                              # random init
+                rows[title if len(results) == 1 else f'{name}, {title}'] = row
+    return rows | shared | paper
+
+def print_table(results):
+    """Rows: encoders. Columns: labels under each probe, errors and then 95% intervals."""
+    rows, by_run, first = merge_rows(results), merge_rows(results, 'by_run'), results[0]
+    columns = [*first['labels'], 'mean']
+    width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
+    print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split (guessing the '
+          f'mean: 1)\n')
+    # errors
+    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in PROBES)).rstrip())
+    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in PROBES))
+    for name, row in rows.items():
+        blocks = []
+        for p in PROBES:                                       # a block of columns each
+            cells = [f'{row[p][c]:.3f}' if c in row.get(p, {}) else '-' for c in columns]
+            blocks.append(''.join(f'{cell:>{each}}' for cell in cells))
+        print(f'{name:{width}}' + '   '.join(blocks))
+    # intervals
+    count = len(next(iter(by_run['predict the mean'].values())))
+    print(f'\n95% intervals of the means, over {count} {first["split"]} '
+          f'{first.get("unit", "runs")} drawn anew\n')
+    for name, row in by_run.items():
+        if name != 'predict the mean':                         # whose error is 1
+            cells = ['[{:.3f}, {:.3f}]'.format(*interval(row[p])) if p in row else '-'
+                     for p in PROBES]
+            print(f'{name:{width}}' + '   '.join(f'{c:>{each * len(columns)}}' for c in cells))
+    print('\n'.join(['', *caveats(results)]))
+
+def caveats(results):
+    """What must be said of a table, a line each."""
+    # do the rows differ in more than the model?
+    unlike = {
+        'saw the': [r['field'].partition(',')[0] for r in results],
+        'trained on': [f'{r["run"]["windows_seen"]:,} windows' for r in results],
+        'started from': [r['run']['settings'].get('init') or 'random weights' for r in results],
+        'has the seeds': [', '.join(f'{k} {v}' for k, v in r['seeds'].items()) for r in results]}
+    said = ['; '.join(f'{r["row"]} {what} {value}' for r, value in zip(results, values))
+            for what, values in unlike.items() if len(set(values)) > 1]
+    said = ['Not like with like: ' + '. '.join(said) + '.', ''] if said else []
+    # what is the table for?
+    if results[0]['split'] == 'valid':
+        said += ['The probes chose their settings on these windows: a table to tune by. The one to '
+                 'report is --split test.', '']
+    if any(r['run']['preset'] == 'smoke' for r in results):
+        said += ['A smoke run: these numbers mean nothing.', '']
+    return said
 
 def checkpoints():
     """Those under out/, the newest last; ValueError if there is none."""
@@ -258,143 +467,31 @@ def checkpoints():
         raise ValueError('no checkpoint under out/: train one with python train.py, or name one')
     return found
 
-
-def table_one(args):
-    """The paper's table 1: the newest checkpoint of every system and model under out/, measured beside published.
-
-    Reads the eval.json that is newer than its checkpoint, else evaluates: also if it is of another split, if this
-    call's flags differ from the defaults and from what they were there, and, with --finetune, what has no fine-tuned
-    row yet. A fine-tuned row goes before a frozen one, and is marked. A run that cannot be evaluated is left out, in
-    one line.
-    """
-    newest, cells, seen = {}, {}, {}
-    for path in checkpoints():
-        try:
-            c = models.load_checkpoint(path)['config']
-            if not c.get('supervised'):
-                newest[c['data'], c['model']] = path
-        except ValueError as e:
-            print(f'left out: {e}')
-    for (system, model), path in newest.items():
-        try:
-            known = known_result(path, args)
-        except ValueError as e:
-            print(f'left out: {e}')
-            continue
-        tuned = next((r for name, r in known['rows'].items() if name.startswith(f'{known["row"]}, fine-tuned')), None)
-        error = (tuned or known['rows'][known['row']])['attentive']['mean']
-        cells[system, model] = f'{error:.3f}' + '*' * bool(tuned)
-        how = ', '.join([known['field'].partition(',')[0], f'windows {known["stride"]} frames apart',
-                         *(f'{k} {v}' for k, v in known['probe'].items() if not k.startswith('finetune'))])
-        seen.setdefault(system, {}).setdefault(how, []).append(known['row'])
-    columns = list(dict.fromkeys([*systems.system_names(), *(system for system, _ in cells)]))
-    run = {model for _, model in cells}                                  # and those that the paper has, run or not
-    modules = {name: models.find_model(name) for name in models.model_names()}
-    modules = {name: m for name, m in modules.items() if hasattr(m, 'PAPER') or name in run}
-    published = {name: (models.title(name), getattr(m, 'PAPER', {}), '*' * getattr(m, 'PAPER_FINETUNED', False))
-                 for name, m in modules.items()}
-    print_table_one(cells, published, columns, seen, args.split)
-
-
-def known_result(path, args):
-    """The eval.json of a checkpoint, made again if it is missing, older, or not what the flags ask for."""
-    table, default = path.with_name('eval.json'), Settings()
-    known = json.loads(table.read_text()) if table.exists() else {}
-    asked = {k: getattr(args, k) for k in (*TUNED, 'stride') if getattr(args, k) != getattr(default, k)}
-    there = {**known.get('probe', {}), 'stride': known.get('stride')}
-    stale = 'by_run' not in known or table.stat().st_mtime < path.stat().st_mtime or known['split'] != args.split
-    if stale or any(there.get(k) != v for k, v in asked.items()):
-        evaluate([path], args)
-        known = json.loads(table.read_text())
-    return known
-
-
-def save_embeddings(path, run, tokens):
-    """An npz of every probed window: mean token, labels, and the run, file, frame and split it is from."""
-    part = lambda f: np.concatenate([f(name, split) for name, split in run.splits.items()])
-    which = lambda name: run.windows[name][:, 0]
-    count = sum(map(len, run.windows.values()))
-    buffer = io.BytesIO()
-    np.savez(buffer, system=run.c.data, model=run.name, label_names=run.shown,
-             log_labels=[name in run.system.log_labels for name in run.labels],
-             embedding=torch.cat([probe.mean_tokens(tokens[name][0]).float() for name in run.splits]).numpy(),
-             labels=part(lambda name, split: np.stack([split.scalars[k] for k in run.labels], 1)[which(name)]),
-             run=part(lambda name, split: which(name)), frame=part(lambda name, split: run.windows[name][:, 1]),
-             filename=part(lambda name, split: np.array([r['file'] for r in split.runs])[which(name)]),
-             split=part(lambda name, split: np.full(len(which(name)), name)))
-    write_bytes(path, buffer.getvalue())
-    print(f'{path}: the mean tokens of {count} windows')
-
-
-def evaluate_latents(args):
-    """Probe published embeddings. They have no test split: half of valid, drawn at random, is held out in its place."""
-    readers = [m for m in map(models.find_model, models.model_names()) if hasattr(m, 'read_latents')]
-    system = systems.find_system(args.data)
-    for module in readers:                                               # of the models here, one
-        splits, names = module.read_latents(args.latents, args.data)
-        logs = torch.tensor([name in system.log_labels for name in names])
-        own = lambda y: torch.where(logs, y.double().log10(), y.double())
-        splits = {name: (z.float(), own(y)) for name, (z, y) in splits.items()}
-        mean, std = splits['train'][1].mean(0), splits['train'][1].std(0, correction=0)
-        splits = {name: (z, (y - mean) / std) for name, (z, y) in splits.items()}
-        (z, y), half = splits['valid'], len(splits['valid'][0]) // 2
-        mixed = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))       # the files may be in an order
-        splits |= {'valid': (z[mixed[:half]], y[mixed[:half]]), 'test': (z[mixed[half:]], y[mixed[half:]])}
-        title, labels = f'{module.TITLE}, published latents', [system.name_of(name) for name in names]
-        print(f'{title}: {" / ".join(str(len(z)) for z, _ in splits.values())} windows; half of valid, '
-              f'drawn at random, is held out and scored')
-        args.split = 'test'
-        seed = max(args.seed, 0)
-        estimates = probes(splits, module, args, seed, pick_device(args.device), title)
-        rows = {title: estimates, 'predict the mean': {p: torch.zeros_like(splits['test'][1]) for p in PROBES}}
-        scores, by_run = scored(rows, splits['test'][1], np.arange(len(z) - half), labels)
-        if args.data in getattr(module, 'PAPER', {}):
-            scores[module.TITLE + PUBLISHED] = {'attentive': {'mean': module.PAPER[args.data]}}
-        print_table([{'system': args.data, 'split': 'held-out half of the valid', 'labels': labels, 'row': title,
-                      'rows': scores, 'by_run': by_run, 'unit': 'windows', 'field': '', 'seeds': {},
-                      'run': {'windows_seen': 0, 'preset': '', 'settings': {}}}])
-
-
 @script
 def main(argv=None):
     args, paths = parse(__doc__, Settings, argv, runs=dict(
         nargs='*', help='folders of runs, or their checkpoints (default: the newest of out/)'))
+    # flags that will not do
     at_least(args, 1, 'batch', 'epochs')
     at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr')
     at_least(args, -1, 'seed')
-    if args.split not in ('valid', 'test') or args.probe not in ('ours', 'paper'):
-        raise ValueError(f'--split is valid or test, --probe ours or paper; not {args.split!r} and {args.probe!r}')
+    for name, one, other in (('split', 'valid', 'test'), ('probe', 'ours', 'paper'),
+                             ('fractions', 'runs', 'windows')):
+        if getattr(args, name) not in (one, other):
+            raise ValueError(f'--{name} is {one} or {other}, not {getattr(args, name)!r}')
+    # the paper's protocol, and the number of epochs
     if args.probe == 'paper' and args.split != 'valid':
-        raise ValueError('the paper\'s probe is scored on valid: --split valid')
-    if args.fractions not in ('runs', 'windows'):
-        raise ValueError(f'--fractions is runs or windows, not {args.fractions!r}')
+        raise ValueError("the paper's probe is scored on valid: --split valid")
     if args.finetune:
-        epochs_of(args.finetune)
-    if args.save_embeddings and (args.all or len(paths) > 1):
+        finetune.epochs_of(args.finetune)
+    # a file that could not be written, hours later
+    file = Path(args.save_embeddings).absolute()
+    if args.save_embeddings and len(paths) > 1:
         raise ValueError('--save-embeddings takes one run')
-    kept = Path(args.save_embeddings).absolute()
-    if args.save_embeddings and (kept.is_dir() or not kept.parent.is_dir()):
-        raise ValueError(f'--save-embeddings takes a file to write, in a folder that is there; not {kept}')
-    if args.all and paths:
-        raise ValueError('--all takes everything under out/, and no runs')
-    if args.latents:
-        if paths or args.all or not args.data:
-            raise ValueError('--latents takes --data, the name of their system, and no runs')
-        idle = [name for name in ('split', 'probe', 'finetune', 'generalize', 'stride', 'save_embeddings')
-                if getattr(args, name) != getattr(Settings(), name)]
-        if idle:
-            raise ValueError(f'--{idle[0].replace("_", "-")} has no meaning for --latents')
+    if args.save_embeddings and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f'--save-embeddings takes a file in a folder that is there, not {file}')
     start_ranks(pick_device(args.device))
-    if RANK > 0:
-        return embed_along(args)
-    if args.latents:
-        evaluate_latents(args)
-    elif args.all:
-        table_one(args)
-    else:
-        evaluate(paths or checkpoints()[-1:], args)
-    shared(None)                                                         # the other ranks may go
-
+    evaluate(paths or from_rank_0(checkpoints()[-1:] if RANK == 0 else None), args)
 
 if __name__ == '__main__':
     main()

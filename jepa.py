@@ -28,7 +28,6 @@ WIDTHS = {'convnext': (16, 32, 64, 128, 128), 'statistics': (64, 64, 64, 32)}   
 CHOICES = {'loss': ('vicreg', 'sigreg', 'infonce'), 'loss_rows': ('local', 'global'),
            'target': ('encoder', 'ema'), 'predictor': ('conv', 'identity')}
 
-
 @dataclass
 class EncoderOptions:
     """The defaults are the paper's."""
@@ -37,7 +36,6 @@ class EncoderOptions:
     blocks: tuple = option((3, 3, 3, 9, 3), 'residual blocks in each stage of convnext')
     rate: float = option(8.0, 'statistics multiplies differences between frames by it')
     layer_scale: float = option(1e-6, 'initial layer scale of the residual blocks')
-
 
 @dataclass
 class Options(EncoderOptions):
@@ -56,7 +54,6 @@ class Options(EncoderOptions):
     momentum: tuple = option((0.996, 1.0), 'of this average, at the start and the end of the run')
     predictor: str = option('conv', "conv, the paper's; identity, none: to see what it is for")
 
-
 PRESETS = {
     'paper': {},
     # for minutes on a laptop; the target, any other 16 frames, shares only the run's physics
@@ -66,7 +63,6 @@ PRESETS = {
     # the frames of the fluids differ less from each other
     ('nano', 'shear_flow'): dict(rate=32.0), ('nano', 'rayleigh_benard'): dict(rate=32.0),
 }
-
 
 def check(options, inputs):
     """Raise ValueError if the options do not fit together, or not the fields of inputs.size."""
@@ -82,7 +78,6 @@ def check(options, inputs):
     if options.temperature <= 0:
         raise ValueError(f'--temperature must be more than 0, not {options.temperature}')
     check_momentum(options.momentum)
-
 
 def check_encoder(options, size):
     """Raise ValueError if EncoderOptions do not fit together, or not fields of size (H, W)."""
@@ -105,10 +100,8 @@ def check_encoder(options, size):
         raise ValueError(f'the encoder needs sides divisible by 16, not {size[0]} x {size[1]}: '
                          f'choose another --resolution or --crop')
 
-
 def build(options, inputs):
     return JEPA(len(inputs.channels), inputs.paired, **vars(options))
-
 
 def build_encoder(channels, options):
     """The encoder that EncoderOptions ask for, for fields of so many channels."""
@@ -116,10 +109,8 @@ def build_encoder(channels, options):
         return SmallEncoder(channels, options.widths, options.rate)
     return Encoder(channels, options.widths, options.blocks, options.layer_scale)
 
-
 class DepthwiseConv3d(nn.Conv3d):
     """Depthwise 7x7x7 convolution, 'same' padding, (B, C, T, H, W) -> same shape."""
-
     def __init__(self, dim):
         super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
 
@@ -134,27 +125,21 @@ class DepthwiseConv3d(nn.Conv3d):
         x = F.conv2d(x.flatten(1, 2), w.flatten(0, 1), bias, padding=3, groups=C)
         return x.view(B, C, T, H, W)
 
-
 class Stem(nn.Conv3d):
     """Per-frame 4x4 convolution, 'same' size, in channels-last memory, which later layers keep."""
-
     def forward(self, x):                                                # (B, C, T, H, W)
         B, T = x.shape[0], x.shape[2]
         x = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = F.conv2d(F.pad(x, (1, 2, 1, 2)), self.weight[:, :, 0], self.bias)
         return x.unflatten(0, (B, T)).transpose(1, 2)                    # (B, dim, T, H, W)
 
-
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, T, H, W)."""
-
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
-
 class Block(nn.Module):
     """ConvNeXt block, in 3-D or 2-D: a convolution mixes neighbours, an MLP channels; residual."""
-
     def __init__(self, dim, dims=3, layer_scale=1e-6):
         super().__init__()
         self.conv = (DepthwiseConv3d(dim) if dims == 3 else
@@ -169,10 +154,8 @@ class Block(nn.Module):
         y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
         return x + (self.gamma * y).movedim(-1, 1)                       # (B, C, ...)
 
-
 class Encoder(nn.Module):
     """3-D ConvNeXt (Liu et al., CVPR 2022): (B, C, 16, H, W) -> (B, widths[-1], H/16, W/16)."""
-
     def __init__(self, channels, widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3),
                  layer_scale=1e-6):
         super().__init__()
@@ -200,10 +183,8 @@ class Encoder(nn.Module):
             x = blocks(downsample(x).squeeze(2))         # (B, width, T, H, W), without T if it is 1
         return x                                         # (B, widths[-1], H/16, W/16)
 
-
 class Predictor(nn.Module):
     """(B, D, h, w) context embedding -> (B, D, h, w) predicted target embedding."""
-
     def __init__(self, dim, layer_scale=1e-6):
         super().__init__()
         self.conv = nn.Sequential(
@@ -214,14 +195,12 @@ class Predictor(nn.Module):
     def forward(self, z):
         return self.conv(z)
 
-
 class JEPA(nn.Module):
     """Encoder, predictor and loss. forward(context, target) -> {'loss', and its terms}.
 
     settings: as in Options. Small runs learn faster with `residual` and `standardize`: z-scores
     meet the variance term at once. paired: do context and target show the same place?
     """
-
     def __init__(self, channels, paired=True, **settings):
         super().__init__()
         o = self.options = Options(**settings)
@@ -290,7 +269,6 @@ class JEPA(nn.Module):
         """Tokens: (B, channels, 16, H, W) -> (B, N = H/16 * W/16, D)."""
         return self.encoder(x).flatten(2).transpose(1, 2)
 
-
 @torch.no_grad()
 def move_teacher(teacher, encoder, momentum, progress):
     """A moving average: teacher <- m teacher + (1 - m) encoder (Tarvainen, Valpola 2017)."""
@@ -299,12 +277,10 @@ def move_teacher(teacher, encoder, momentum, progress):
     for slow, fast in zip(teacher.parameters(), encoder.parameters()):
         slow.lerp_(fast, 1 - m)
 
-
 def check_momentum(momentum):
     """Raise ValueError unless these are two numbers from 0 to 1."""
     if len(momentum) != 2 or not 0 <= min(momentum) <= max(momentum) <= 1:
         raise ValueError(f'--momentum is two numbers from 0 to 1, not {momentum}')
-
 
 def load_published(model, path):
     """Load an official ConvEncoder_*.pth, or raise ValueError and leave the model as it was."""

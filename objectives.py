@@ -4,7 +4,6 @@ import torch.nn.functional as F
 
 from vicreg import in_full
 
-
 # --- SIGReg: make the embedding an isotropic Gaussian (LeJEPA, arXiv 2511.08544)
 #
 # A distribution is a standard normal if and only if all its one-dimensional projections are. So
@@ -34,11 +33,9 @@ def sigreg(z, directions, knots=17, reach=3.0):
     distance = real.square() + imaginary.square()                        # (K, knots)
     return len(z) * (distance @ (weights * gauss)).mean()
 
-
 def random_directions(dim, count, generator=None):
     """(dim, count) unit vectors, uniform on the sphere."""
     return F.normalize(torch.randn(dim, count, generator=generator), dim=0)
-
 
 def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
     """The loss L of embedding maps x, y (B, D, H, W) -> {'loss', 'sim', 'sigreg'}."""
@@ -49,7 +46,6 @@ def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
     normal = (sigreg(x, a) + sigreg(y, a)) / 2
     loss = (1 - sigreg_coeff) * sim + sigreg_coeff * normal
     return {'loss': loss, 'sim': sim, 'sigreg': normal}
-
 
 # --- InfoNCE: among many embeddings, find the one of the same window (arXiv 1807.03748)
 #
@@ -70,7 +66,6 @@ def infonce(x, y, temperature=0.5):
     partner = torch.arange(len(x), device=x.device)
     loss = (F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.T, partner)) / 2
     return {'loss': loss, 'found': (similarity.argmax(1) == partner).float().mean()}
-
 
 def infonce_loss_maps(x, y, temperature=0.5):
     """InfoNCE of embedding maps x, y (B, D, H, W). Under DDP `gather` them first."""

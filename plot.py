@@ -3,10 +3,8 @@ Pictures of the data, a training run and its error table.
 
     python plot.py                      # the newest run under out/ -> figures/
     python plot.py out/... out/...      # of the first run, but with the errors of all
-    python plot.py --embeddings FILE    # what eval.py --save-embeddings FILE kept
 
-Writes examples.png (fields of the test split), training.png (log.jsonl) and errors.png (eval.json,
-if python eval.py has made it), or embeddings.png (mean tokens, two principal components of them).
+Writes examples.png (fields of the test split), training.png (log.jsonl), errors.png (eval.json).
 """
 import itertools
 import json
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import data_folder, option, parse, script
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
@@ -23,21 +20,17 @@ from PIL import Image                                                   # comes 
 import model as models
 from data import find_dataset, open_well_file, spatial_axes
 from eval import CLOCKS, PUBLISHED_ROW, checkpoints, merge_rows
-from systems import System, find_system
 
 plt.switch_backend('Agg')                                               # no window
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
-STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9,
+STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#e6e6e6', 'axes.axisbelow': True,
          'legend.frameon': False}
-
 
 @dataclass
 class Settings:
     data_dir: str = option('', 'datasets (default: $THE_WELL_DATA_DIR, else data)', 'what')
     out: str = option('figures', 'folder for the pictures', 'what')
-    embeddings: str = option('', 'draw only this npz file of eval.py --save-embeddings', 'what')
-
 
 def read_example(path, picture):
     """(fields (T, nx, ny), name, time, x, y) of run 0: the magnitude of `picture`, or channel 0."""
@@ -47,12 +40,10 @@ def read_example(path, picture):
         shown = [dataset[(0, ..., *component)] for dataset, component in map(channels.get, names)]
         dims, axes = f['dimensions'], ('time', *spatial_axes(f))
         at = [dims[a][:] if a in dims else np.arange(n) for a, n in zip(axes, shape[1:])]
-
     if len(names) == 1:
         return shown[0], names[0].replace('_', ' '), *at
     name = names[0].rpartition('_')[0].replace('_', ' ')
     return np.sqrt(sum(np.square(v) for v in shown)), f'|{name}|', *at
-
 
 def files_by_labels(root, labels=()):
     """({values of two labels: path} of test, the two: of `labels`, else of scalars that vary)."""
@@ -63,22 +54,18 @@ def files_by_labels(root, labels=()):
         scalars[path] = {name: of_runs[0] for name, of_runs in values.items()}
     if not scalars:
         raise ValueError(f'{root} has no files in its test split')
-
-    varying = [name for name in scalars[path] if len({s[name] for s in scalars.values()}) > 1]
+    varying = (n for n in scalars[path] if len({s[n] for s in scalars.values()}) > 1)
     labels = list(labels or varying)[:2]
     return {tuple(s[name] for name in labels): path for path, s in scalars.items()}, labels
-
 
 def corners(files):
     """The pairs of smallest and largest values among the keys of `files`; else the first four."""
     pairs = itertools.product(*((min(values), max(values)) for values in zip(*files)))
     return [pair for pair in dict.fromkeys(pairs) if pair in files] or list(files)[:4]
 
-
 def limits(shown, name):
     """(low, high) of the colours of fields with this name. A magnitude begins at zero."""
     return (0, np.quantile(shown, 0.998)) if name.startswith('|') else (shown.min(), shown.max())
-
 
 def show(ax, x, y, frame, low, high):
     """Draw a field (nx, ny) at x (nx,), y (ny,), without axes."""
@@ -87,12 +74,10 @@ def show(ax, x, y, frame, low, high):
     ax.grid(False)
     ax.spines[:].set_visible(False)
 
-
 def values_of(system, labels, values, between='\n'):
     """Labels of the files and their values, in words: α = -1, ζ = 17."""
-    names = [system.name_of(label) for label in labels]
-    return between.join(f'{system.symbols.get(n, n)} = {v:g}' for n, v in zip(names, values))
-
+    named = zip(map(system.name_of, labels), values)
+    return between.join(f'{system.symbols.get(n, n)} = {v:g}' for n, v in named)
 
 def examples(figure, root, system, labels, columns):
     """A row of frames for each pair of smallest and largest parameters of the test split."""
@@ -100,16 +85,13 @@ def examples(figure, root, system, labels, columns):
     axes = figure.subplots(len(corners(files)), columns, squeeze=False)
     for row, pair in zip(axes, corners(files)):
         shown, name, time, x, y = read_example(files[pair], system.picture)
-        # frames at equal distances, without t = 0, which is dull
-        frames = np.linspace(0, len(shown) - 1, columns + 1).round().astype(int)[1:]
+        frames = np.linspace(0, len(shown) - 1, columns + 1).round().astype(int)[1:]    # not t = 0
         colors = limits(shown[frames] if name.startswith('|') else shown, name)
         for ax, frame in zip(row, frames):
             show(ax, x, y, shown[frame], *colors)
-            if ax in axes[0]:
-                ax.set_title(f't = {time[frame]:g}', pad=4)
+            ax.set_title(f't = {time[frame]:g}' if ax in axes[0] else '', pad=4)
         row[0].set_ylabel(values_of(system, labels, pair), rotation=0, ha='right', va='center')
     figure.suptitle(f'{name[:1].upper()}{name[1:]}, each row on its own scale', fontsize=10)
-
 
 def training(figure, path):
     """Loss, its terms, std and rank of the embedding, and learning rate, by step."""
@@ -118,143 +100,90 @@ def training(figure, path):
     terms = [key for key in log[-1] if key not in {*CLOCKS, 'loss', *spread}]
     panels = {'Loss': ['loss'], 'Its terms, unweighted': terms, 'Embedding': spread,
               'Learning rate': ['lr']}
-
     for ax, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
         for key, color in zip(keys, itertools.cycle(PROBES.values())):
-            steps = [line['step'] for line in log if key in line]
-            values = [line[key] for line in log if key in line]
-            ax.plot(steps, values, color=color, lw=1.2, label=key)
+            lines = [line for line in log if key in line]               # that have it
+            values = [[line[k] for line in lines] for k in ('step', key)]
+            ax.plot(*values, color=color, lw=1.2, label=key)
         ax.set(title=title, xlabel='step')
         if len(keys) > 1:
             ax.legend()
-        # their sizes differ much
-        if keys is terms or keys is spread:
+        if keys is terms or keys is spread:                             # their sizes differ much
             ax.set_yscale('log')
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter('{x:g}')
             ax.yaxis.set_minor_formatter('')
 
-
-def errors(figure, result, columns, system):
+def errors(figure, result, system):
     """One panel per column (the mean, labels): error of each encoder under each probe, log axis."""
+    columns = ['mean', *result['labels']]
     rows = {name: row for name, row in result['rows'].items() if name != 'predict the mean'}
     published = {n: rows.pop(n)['attentive'] for n in [*rows] if n.endswith(PUBLISHED_ROW)}
     values = [by[column] for row in rows.values() for by in row.values() for column in columns]
     low = min(values + [v for row in published.values() for v in row.values()]) / 1.8
-
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, column in zip(axes, columns):
-        for i, row in enumerate(rows.values()):
+        for i, row in enumerate(rows.values()):                         # a group of bars
             probes = [p for p in PROBES if p in row]
             for j, p in enumerate(probes):
                 value, x = row[p][column], i + 0.27 * (j - (len(probes) - 1) / 2)
                 ax.bar(x, value - low, 0.25, bottom=low, color=PROBES[p], label=p if i == 0 else '')
-                # with its number inside, or, if it is low, on top
-                inside = value > 0.3
-                ax.annotate(f'{value:.2g}', (x, value), (0, -9 if inside else 2), fontsize=7,
-                            textcoords='offset points', ha='center',
-                            color='white' if inside and p != 'knn' else 'black')
-
+                inside = value > 0.3                                    # its number; else on top
+                color = 'white' if inside and p != 'knn' else 'black'
+                ax.annotate(f'{value:.2g}', (x, value), (0, -9 if inside else 2), color=color,
+                            fontsize=7, textcoords='offset points', ha='center')
         # lines: guessing the mean, and what was published
-        lines = [(1, 'guessing the mean', '#444444', '--')]
-        lines += [(row[column], f'{name}: {row[column]:g}', '#c0392b', ':')
-                  for name, row in published.items() if column in row]
-        for y, words, color, style in lines:
+        theirs = {f'{n}: {r[column]:g}': r[column] for n, r in published.items() if column in r}
+        for words, y in ({'guessing the mean': 1} | theirs).items():
+            color, style = ('#444444', '--') if words not in theirs else ('#c0392b', ':')
             ax.axhline(y, color=color, lw=1, ls=style)
             ax.text(len(rows) - 0.5, y * 1.06, words, color=color, fontsize=7, ha='right')
-
         ax.set(yscale='log', xlim=(-0.55, len(rows) - 0.45), ylim=(low, max(values + [1]) * 2.2),
                title=system.symbols.get(column, column))
-        ax.yaxis.set_major_formatter('{x:g}')
+        ax.yaxis.set_major_formatter('{x:g}')                           # not 10^-1
         ax.set_xticks(range(len(rows)), [name.replace(' ', '\n', 1) for name in rows])
         ax.tick_params(axis='x', length=0)
     axes[0].set_ylabel(f'error on {result["split"]} (MSE, z-scored)')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
 
-
-def embeddings(figure, kept, system):
-    """Mean tokens (n, D) in their first two principal components, a panel for each label."""
-    z = kept['embedding'].astype(np.float64)
-    z = (z - z.mean(0)) / (z.std(0) + 1e-9)
-    x, y = np.linalg.svd(z, full_matrices=False)[2][:2] @ z.T
-    sizes = np.where(kept['split'] == 'test', 12, 4)
-
-    axes = figure.subplots(1, len(kept['label_names']), squeeze=False)[0]
-    for ax, name, log, c in zip(axes, kept['label_names'], kept['log_labels'], kept['labels'].T):
-        dots = ax.scatter(x, y, sizes, c, norm='log' if log else 'linear', lw=0)
-        ax.set(title=system.symbols.get(name, name), xlabel='component 1', ylabel='component 2')
-        ax.grid(False)
-        figure.colorbar(dots, ax=ax)
-    figure.suptitle(f'{kept["model"]}, {kept["system"]}: large dots are test windows', fontsize=10)
-
-
 def canvas(width, height):
     return plt.figure(figsize=(width, height), dpi=120, layout='constrained')
 
-
 def save(figure, path):
     """A png of 256 colours, complete or not there at all."""
-    part = path.with_name(path.name + '.part.png')
-    figure.savefig(part)
+    figure.savefig(part := path.with_name(path.name + '.part.png'))
     plt.close(figure)
-    picture = Image.open(part).convert('RGB').quantize(256, dither=Image.Dither.NONE)
-    picture.save(part, optimize=True)
+    Image.open(part).convert('RGB').quantize(256, dither=0).save(part, optimize=True)
     part.replace(path)
     print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
-
-
-def read_embeddings(path):
-    """(the arrays of a file of eval.py --save-embeddings, its System)."""
-    try:
-        kept = dict(np.load(path, allow_pickle=False))
-        name = str(kept['system'])
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f'{path} is no file of eval.py --save-embeddings') from None
-    try:
-        return kept, find_system(name)
-    except ValueError:                                                  # a dataset without a file
-        return kept, System()
-
 
 @script
 def main(argv=None):
     args, paths = parse(__doc__, Settings, argv, runs=dict(
         nargs='*', type=Path, help='folders of runs, or checkpoints (default: the newest of out/)'))
-    if missing := [str(p) for p in paths if not p.exists()]:
-        raise ValueError(f'no run at {", ".join(missing)}')
-
+    if missing := ', '.join(str(p) for p in paths if not p.exists()):
+        raise ValueError(f'no run at {missing}')
     plt.rcParams.update(STYLE)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.embeddings:
-        kept, system = read_embeddings(args.embeddings)
-        embeddings(figure := canvas(5 * len(kept['label_names']), 4.2), kept, system)
-        return save(figure, out / 'embeddings.png')
-
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     runs = [p if p.is_dir() else p.parent for p in paths or checkpoints()[-1:]]
-    run, log = runs[0], runs[0] / 'log.jsonl'
+    run, log = runs[0], runs[0] / 'log.jsonl'                           # the one that is drawn
     if not log.exists() or not log.read_text():
         raise ValueError(f'{run} is no run of train.py, or has made no step: it has no {log.name}')
     results = [json.loads(p.read_text()) for r in runs if (p := r / 'eval.json').exists()]
     if len({result['system'] for result in results}) > 1:
         raise ValueError('the runs are of different systems: a picture is about one')
-
     # the data and the training
     state = models.load_checkpoint(run / 'ckpt.pt')
-    data_dir = data_folder(args.data_dir, state['config']['data_dir'])
-    root, system, _ = find_dataset(state['config']['data'], data_dir)
+    config = state['config']
+    root, system, _ = find_dataset(config['data'], data_folder(args.data_dir, config['data_dir']))
     examples(figure := canvas(9.6, 5), root, system, state['labels'], 8)
     save(figure, out / 'examples.png')
     training(figure := canvas(12, 2.8), log)
     save(figure, out / 'training.png')
-
-    # the errors
-    if not results:
+    if not results:                                                     # no errors to draw
         return print(f'no {run}/eval.json, so no errors.png: make one with python eval.py {run}')
-    result = {**results[0], 'rows': merge_rows(results)}
-    errors(figure := canvas(12, 3.8), result, ['mean', *result['labels']], system)
+    errors(figure := canvas(12, 3.8), results[0] | {'rows': merge_rows(results)}, system)
     save(figure, out / 'errors.png')
-
 
 if __name__ == '__main__':
     main()

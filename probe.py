@@ -24,11 +24,9 @@ PART = 2**28                # bytes of float32 tokens that are worked on at once
 # as in the paper's code, which shows the error on valid of every epoch; we take the last
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
 
-
 def kept_as(n, N, D):
     """The dtype of a split's tokens (n, N, D) where they are kept."""
     return torch.float32 if 4 * n * N * D <= IN_MEMORY else torch.float16
-
 
 def room_for(n, N, D, folder):
     """An empty tensor (n, N, D): float32 in memory, or float16 in a file that goes with it."""
@@ -37,20 +35,16 @@ def room_for(n, N, D, folder):
     with tempfile.TemporaryFile(dir=folder) as file:
         return torch.from_numpy(np.memmap(file, np.float16, 'w+', shape=(n, N, D)))
 
-
 def parts(tokens):
     """Consecutive tokens of (n, N, D), as many as PART holds."""
     return tokens.split(max(1, PART // (4 * tokens.shape[1] * tokens.shape[2])))
-
 
 def mean_tokens(tokens):
     """(n, N, D) -> (n, D) float64."""
     return torch.cat([part.mean(1, dtype=torch.float64) for part in parts(tokens)])
 
-
 class AttentiveProbe(nn.Module):
     """tokens (B, N, D) -> label estimates (B, L): Bardes et al.'s attentive pooler of depth one."""
-
     def __init__(self, dim, labels, mlp_ratio=0.0, heads=8, dropout=0.0):
         super().__init__()
         # 0: the paper's ratio, with which probes of width 128 and 384 have about one size
@@ -90,7 +84,6 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens):
         return self.linear(self.drop(self.pool(tokens)))
-
 
 def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3,
               weight_decay=0.01, warmup_epochs=2, dropout=0.0, keep_best=True,
@@ -141,13 +134,11 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3,
     probe.load_state_dict(best_state)
     return estimate(scored).cpu(), sum(p.numel() for p in probe.parameters())
 
-
 def standardize(splits):
     """Mean over tokens, then z-scored by train: {name: (features (n, D) float64, labels)}."""
     features = {name: mean_tokens(x) for name, (x, _) in splits.items()}
     mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
-
 
 def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'):
     """Estimates (n, L) of ridge regression; strength of the penalty, per row, chosen on valid."""
@@ -162,7 +153,6 @@ def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'
     x, y = splits['valid']
     best = min(weights, key=lambda w: (x @ w - y).pow(2).mean())
     return splits[scored][0] @ best
-
 
 def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100), scored='test'):
     """Mean labels (n, L) of the k training windows with the nearest mean tokens; k by valid."""

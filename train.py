@@ -1,345 +1,498 @@
 """
 Pretrain an encoder on windows of physical fields.
 
-    python train.py --data NAME                                   # in one process, CPU or GPU
-    torchrun train.py --data NAME --model NAME                    # torchrun, if you like
-    torchrun --nproc_per_node=8 train.py --data NAME              # data parallel, one process per GPU
-    python train.py --data NAME --model NAME --help               # the settings of this model on this data
+    python train.py --data NAME                                # one process, CPU or GPU
+    torchrun --nproc_per_node=8 train.py --data NAME           # data parallel, a process per GPU
+    python train.py --data NAME --model NAME --help            # the settings of this model and data
 
-With no dataset on disk, a small one is simulated first. Running the same command again resumes from the last
-checkpoint, and a larger --steps extends a finished run. Presets: `nano` (a laptop, simulated data), `paper` (the
-paper's sizes) and `smoke` (does it run at all?); config.py has the settings. Everything random in step s is drawn
-from (seed, s), so a run that is killed and resumed, or split over ranks, sees the same windows, crops, loss chunks
-and masks.
+With no dataset on disk, a small one is simulated first. The same command again resumes the run; a
+larger --steps extends it. Everything random in step s is drawn from (seed, s): a run that is killed
+and resumed, or split over ranks, sees the same windows and masks.
 """
 import contextlib
 import json
 import math
 import os
+import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
-from common import (FRAMES, RANK, WORLD, Progress, Timed, git_hash, on_gpu, peak_memory, prefetch, say, script, shared,
-                    start_ranks, write_tensors, write_text)
-
+from common import (FRAMES, LOCAL_RANK, RANK, WORLD, Parser, Progress, as_text, at_least,
+                    data_folder, from_rank_0, git_hash, one_rank_first, option, peak_memory,
+                    pick_device, prefetch, say, script, start_ranks, write_tensors, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model as models
-from config import MAY_CHANGE, Config, describe, parse
-from data import WINDOW, Split, find_dataset
+import simulate
+from data import Split, describe_file, find_dataset, read_recipe
+from systems import DEFAULT, System
 
-LOADERS = {'cuda': 4, 'cpu': 1}                                          # threads that load batches ahead
+of_data, of_optimizer = partial(option, group='data'), partial(option, group='optimisation')
+of_machine = partial(option, group='machine')
 
+# --- settings: a default, before it the preset's value, before that the flag's
+@dataclass
+class Config:
+    """What a run depends on besides its model's Options. Both are saved in its checkpoint."""
+    data: str = of_data(DEFAULT, "the system, or another dataset of The Well's")
+    model: str = option(models.DEFAULT, 'one of ' + ', '.join(models.MODELS) + ', or your own file')
+    preset: str = option('auto', 'nano, paper or smoke; auto: nano on data made for it, else paper')
+    data_dir: str = of_data('', 'folder of datasets (default: $THE_WELL_DATA_DIR, else data)')
+    cache_dir: str = of_data('', 'for preprocessed fields (default: <data dir>/<system>/cache)')
+    # the fields: the paper's are resized to 224, of a part of the domain, and not normalised
+    resolution: int = of_data(System.resolution, "side the fields are resized to; 0: the file's")
+    whole: bool = of_data(False, 'keep the whole domain, not the part that the paper uses')
+    crop: int = of_data(0, 'side of the square cut from each window; 0: the whole field')
+    stride: int = of_data(System.stride, 'frames between the starts of windows')
+    noise: float = of_data(System.noise, 'std of the Gaussian noise on the inputs')
+    normalize: bool = of_data(False, 'z-score channels; components of a vector share one std')
+    augment: bool = of_data(False, 'random shifts and mirrorings that the equations allow')
+    views: str = of_data('paired', 'target. paired: the next 16 frames; unpaired: these, cropped '
+                         'apart; other-time: any other 16, cropped apart; same: the context')
+    # other ways to begin, and to learn
+    init: str = option('', 'weights to start from: the folder of another run, or a published file')
+    supervised: bool = option(False, 'train the encoder with the labels, for comparison', bare=True)
+    label_fraction: float = option(1.0, 'share of the training runs that --supervised learns from')
+    # a step: the loss sees a micro-batch, the optimizer a batch
+    batch: int = of_optimizer(256, 'windows per optimizer step, over all ranks')
+    micro_batch: int = of_optimizer(0, 'windows per forward pass, over all ranks; 0: 8 per rank')
+    epochs: float = of_optimizer(System.epochs, 'passes over the windows, if --steps is -1')
+    steps: int = of_optimizer(-1, 'optimizer steps; -1: as many as --epochs needs; 0: none')
+    lr: float = of_optimizer(System.lr, 'peak learning rate')
+    min_lr: float = of_optimizer(1e-6, 'learning rate at the end of the cosine')
+    warmup_epochs: float = of_optimizer(0.0, 'linear warmup, in epochs')
+    weight_decay: float = of_optimizer(0.05, "AdamW's weight decay")
+    seed: int = of_optimizer(0, 'of everything random; also of data that are simulated now')
+    # the machine: none of this changes what is learned, but for dtype
+    out: str = of_machine('', 'its folder (default: out/<system>-<model>-<preset>-seed<seed>)')
+    device: str = of_machine('auto', 'cuda, cpu, or auto')
+    dtype: str = of_machine('auto', 'float32, bfloat16, float64, or auto: bfloat16 where a GPU can')
+    save_every: int = of_machine(100, 'steps between checkpoints')
+    recompute: bool = of_machine(False, 'recompute blocks: less memory, a third slower', bare=True)
+    compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
 
-# ---------------------------------------------------------------------------------------------
-# batches
+# A system's protocol (systems/NAME.py) goes before these, a model's own PRESETS after them.
+PRESETS = {
+    'paper': dict(dtype='float32'),                            # its trainer has no autocast
+    'nano': dict(dtype='float32', resolution=0, whole=True,    # the simulated fields as they are
+                 normalize=True, noise=0.0, crop=32, augment=True,       # 135 runs are few
+                 batch=32, micro_batch=32, steps=2400,         # 76,800 windows, minutes on a CPU
+                 lr=1e-3, warmup_epochs=0.5)}
+SMOKE = dict(steps=20, batch=16, micro_batch=16)               # on top of nano
+# what may change when a run goes on; and settings of old runs that are gone
+MAY_CHANGE = 'data_dir cache_dir out device save_every recompute compile steps epochs'.split()
+GONE = 'cache', 'log_every'
+
+def parse(argv, description):
+    """(Config, the model's module, its Options) of argv or the command line. ValueError if bad."""
+    # the defaults of the other flags depend on these
+    first = Parser('', add_help=False)
+    first.add_dataclass(Config)
+    early = Config(**vars(first.parse_known_args(argv)[0]))
+    module = models.find_model(early.model)
+    folder = data_folder(early.data_dir, 'data/smoke' if early.preset == 'smoke' else '')
+    root, system, simulated = find_dataset(early.data, folder)
+    files = sorted(root.glob('data/*/*.h*5'))
+    if not files:
+        simulated = 'smoke' if early.preset == 'smoke' else 'nano'       # as it will be
+    made_for = simulated if simulated in ('nano', 'smoke') else 'paper'
+    preset = made_for if early.preset == 'auto' else early.preset
+
+    # default < preset < flag
+    settings = {f.name: f.default for cls in (Config, module.Options) for f in fields(cls)}
+    settings |= system.protocol() | preset_settings(module, preset, early.data)
+    parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {early.data}.')
+    parser.add_dataclass(Config, settings)
+    parser.add_dataclass(module.Options, settings)
+    flags = vars(parser.parse_args(argv))                      # those that were given
+    if 'epochs' in flags and 'steps' not in flags:             # a preset may have set the steps
+        flags['steps'] = -1
+    settings |= flags | dict(preset=preset, data_dir=str(folder))
+    c, options = (cls(**{f.name: settings[f.name] for f in fields(cls)})
+                  for cls in (Config, module.Options))
+    complete(c)
+
+    # does the model take these fields?
+    (crop, periodic), channels = system.part(c.whole), None
+    if files:
+        about = describe_file(files[0], crop, c.resolution)
+        channels, size = about['channels'], about['size']
+    else:                                                      # the grid that will be simulated
+        grid = system.preset(simulated).grid
+        size = [c.resolution or round(b * n) - round(a * n) for n, (a, b) in zip(grid, crop)]
+    if c.crop > min(size):
+        raise ValueError(f'crop {c.crop} is larger than the fields, {size[0]} x {size[1]}')
+
+    # a model that takes any size is probed on whole fields; another one in tiles of its own
+    sizes = [(c.crop, c.crop)] if c.crop else []
+    if not c.crop or getattr(module, 'ANY_SIZE', False):
+        sizes.append(tuple(size))
+    for size in sizes if hasattr(module, 'check') else ():
+        module.check(options, models.Inputs(c.data, channels, periodic, size, is_paired(c)))
+    return c, module, options
+
+def is_paired(c):
+    """Do context and target show the same place?"""
+    return c.views in ('paired', 'same')
+
+def preset_settings(module, preset, system):
+    """The settings of a model's preset on a system. ValueError if there is no such preset."""
+    of_model = getattr(module, 'PRESETS', {})
+    names = [key for key in PRESETS | of_model if isinstance(key, str)]
+    if preset not in ('smoke', *names):
+        raise ValueError(f'unknown preset {preset!r}: choose from auto, smoke, {", ".join(names)}')
+    key, more = ('nano', SMOKE) if preset == 'smoke' else (preset, {})
+    settings = PRESETS.get(key, {}) | of_model.get(key, {}) | of_model.get((key, system), {}) | more
+    # a typo in a model's file would pass in silence
+    known = {f.name for cls in (Config, module.Options) for f in fields(cls)}
+    if unknown := settings.keys() - known:
+        names = ', '.join(sorted(unknown))
+        raise ValueError(f'{module.__name__}.py: PRESETS sets {names}, which is no setting')
+    return settings
+
+def complete(c):
+    """Fill in what depends on the rest of a Config; ValueError for what will not do."""
+    at_least(c, 1, 'stride', 'batch', 'save_every')
+    at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs',
+             'weight_decay', 'seed')
+    at_least(c, -1, 'steps')
+    for name in 'lr', 'epochs':
+        if getattr(c, name) <= 0:
+            raise ValueError(f'--{name} must be more than 0, not {getattr(c, name)}')
+    if c.seed >= 2**32:                                        # numpy's are 32 bits
+        raise ValueError(f'--seed must be less than 2**32, not {c.seed}')
+    if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
+        raise ValueError(f'--label-fraction is in (0, 1], for --supervised: not {c.label_fraction}')
+
+    # the machine
+    c.device = pick_device(c.device)
+    if c.dtype == 'auto':
+        bfloat16 = c.device == 'cuda' and torch.cuda.is_bf16_supported()
+        c.dtype = 'bfloat16' if bfloat16 else 'float32'
+    for name, choices in (('views', 'paired, unpaired, other-time, same'),
+                          ('dtype', 'float32, bfloat16, float64')):
+        if getattr(c, name) not in choices.split(', '):
+            raise ValueError(f'unknown {name} {getattr(c, name)!r}: choose from {choices}')
+
+    # a batch is cut into micro-batches, and these over the ranks
+    c.micro_batch = min(c.micro_batch or 8 * WORLD, c.batch)
+    if c.batch % c.micro_batch:
+        raise ValueError(f'batch {c.batch} is not a multiple of micro_batch {c.micro_batch}')
+    if c.micro_batch % WORLD:
+        raise ValueError(f'micro_batch {c.micro_batch} does not divide over {WORLD} ranks')
+
+    # where it starts, and where it is written
+    if not c.out:
+        labels = '-supervised' if c.supervised else ''
+        labels += f'-{c.label_fraction:g}' if c.label_fraction < 1 else ''
+        c.out = f'out/{c.data}-{c.model}-{c.preset}{labels}-seed{c.seed}'
+    c.init = c.init and str(Path(c.init))                      # without a slash at its end
+    if c.init and not Path(c.init).exists() and not (Path(c.out) / 'ckpt.pt').exists():
+        raise ValueError(f'no file or folder {c.init} to start from')
+    there = next(p for p in (Path(c.out), *Path(c.out).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f'{there} is no folder to write to: choose another --out')
+
+# --- batches
+def open_data(c):
+    """(folder, Split) of the training data: simulated, if missing, and cached."""
+    with one_rank_first(RANK == 0):
+        root, system, _ = find_dataset(c.data, c.data_dir)
+        recipe = read_recipe(root)                             # of one that is half simulated
+        if RANK == 0 and not recipe and not any(root.glob('data/*/*.h*5')):
+            recipe = {'preset': 'smoke' if c.preset == 'smoke' else 'nano', 'seed': c.seed}
+            say(f'No {c.data} dataset in {root.parent}: simulating one (see simulate.py --help).')
+        if RANK == 0 and recipe:
+            simulate.make_dataset(c.data, root.parent, recipe['preset'], recipe['seed'])
+
+    # each node has a cache of its own
+    with one_rank_first(LOCAL_RANK == 0):
+        data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, c.whole,
+                     processes=os.cpu_count())
+    if not data.varying():
+        raise ValueError(f'no scalar varies over the training files of {root}: nothing to probe')
+    if c.label_fraction < 1:
+        data.windows = data.with_labels(data.windows, c.label_fraction, c.seed)
+    return root, data
 
 def window_order(n, seed, first, count):
-    """Positions first..first+count of an endless shuffled pass over n windows, reshuffled every epoch."""
-    position = np.arange(first, first + count)
-    out = np.empty(count, int)
+    """Positions first..first+count of an endless pass over n windows, shuffled every epoch."""
+    position, out = np.arange(first, first + count), np.empty(count, int)
     for epoch in np.unique(position // n):
         here = position // n == epoch
         out[here] = np.random.default_rng([seed, 1, epoch]).permutation(n)[position[here] % n]
     return out
 
-
-def learning_rate(step, steps, warmup, peak, low):
-    """Linear warmup from `low`, then a cosine down to `low`."""
-    if step < warmup:
-        return low + (peak - low) * (step + 1) / warmup
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
-
-
 def load_batch(data, c, step, micro):
-    """This rank's windows of a step's micro-batch, as in the files, and their labels: (local, C, 32, H, W), (local, L).
+    """A micro-batch of this rank: windows (B, C, 32, H, W), raw units; labels (B, L), z-scored."""
+    # which windows: this rank's part of the micro-batch's part of the step
+    B = c.micro_batch // WORLD
+    first = micro * c.micro_batch + RANK * B
+    order = window_order(len(data.windows), c.seed, step * c.batch, c.batch)
+    windows = data.windows[order[first:first + B]]             # (B, 2): run, first frame
+    labels = torch.tensor(data.standard_labels[windows[:, 0]])                    # (B, L)
 
-    The labels are z-scored.
-    """
-    local = c.micro_batch // WORLD
-    first = micro * c.micro_batch + RANK * local                         # this rank's part of the step's windows
-    chosen = window_order(len(data.windows), c.seed, step * c.batch, c.batch)[first:first + local]
-    windows = data.windows[chosen]                                       # (local, 2): run, first frame
-    views = [(windows, WINDOW)] if c.views == 'paired' else [(windows, FRAMES), (windows + (0, FRAMES), FRAMES)]
-    if c.views == 'other-time':
-        last = data.fields.shape[2] - FRAMES
-        views[1] = np.array([(run, other_time(t, last, (c.seed, 4, step, first + i)))
-                             for i, (run, t) in enumerate(windows)]), FRAMES
-    out = data.room(local, WINDOW, c.crop, pin_memory=c.device == 'cuda')
-    for v, ((where, frames), part) in enumerate(zip(views, out.split(views[0][1], dim=2))):
-        seeds = [(c.seed, 2 + v, step, first + i) for i in range(local)]
-        data.load(where, frames, c.crop, c.augment, seeds, out=part)
-    data.release()
-    return out, torch.tensor(data.standard_labels[windows[:, 0]])
+    def seeds(stream):                                         # for what each window draws
+        return [(c.seed, stream, step, first + i) for i in range(B)]
 
+    # context and target at the same place, one after the other: read 32 frames at once
+    frames = 2 * FRAMES if c.views == 'paired' else FRAMES
+    x = data.load(windows, frames, c.crop, c.augment, seeds(2))          # (B, C, frames, H, W)
+    if c.views == 'same':
+        x = torch.cat([x, x], 2)
+
+    # or the target is another view, cropped and turned on its own
+    if c.views in ('unpaired', 'other-time'):
+        later = windows + (0, FRAMES)
+        if c.views == 'other-time':
+            last = data.fields.shape[2] - FRAMES
+            later = [(run, other_time(t, last, seed)) for (run, t), seed in zip(windows, seeds(4))]
+        x = torch.cat([x, data.load(np.array(later), FRAMES, c.crop, c.augment, seeds(3))], 2)
+    # pinned memory: the copy to the GPU goes on while it computes
+    return x.pin_memory() if c.device == 'cuda' else x, labels
 
 def other_time(t, last, seed):
     """A first frame in 0..last whose 16 frames are none of those from t on."""
     free = [s for s in range(last + 1) if abs(s - t) >= FRAMES]
     return free[np.random.default_rng(seed).integers(len(free))]
 
-
-# ---------------------------------------------------------------------------------------------
-# the run
-
-def open_data(c):
-    """(folder, Split) of the training data.
-
-    What is missing is simulated by the first rank, while the others wait, and cached by one rank of each node.
-    """
-    if RANK > 0:
-        dist.barrier()
-    root, system, _ = find_dataset(c.data, c.data_dir, build=RANK == 0, seed=c.seed)
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-    data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, whole=c.whole, cache=c.cache)
-    if not data.varying():
-        raise ValueError(f'no scalar varies over the training files of {root}: there is nothing to probe')
-    if c.label_fraction < 1:
-        data.windows = data.with_labels(data.windows, c.label_fraction, c.seed)
-    return root, data
-
-
-def initial_model(c, module, options, data, state):
-    """The Model of a run: initialised from its seed, with the weights that --init names, or those of its checkpoint.
-
-    state: the run's own checkpoint, if it has one. Raises ValueError if weights and model do not fit, or if the model
-    cannot be probed.
-    """
-    path = models.checkpoint_of(c.init)
-    start = state or (models.load_checkpoint(path) if c.init and models.is_checkpoint(path) else None)
-    inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic,
-                           (c.crop, c.crop) if c.crop else data.size, c.views == 'paired',
-                           start['inputs']['published'] if start else bool(c.init))
-    mean, std = data.normalization(c.normalize)
-    model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype,
-                               len(data.varying()) if c.supervised else 0)
-    if start:
-        if start['inputs']['channels'] != data.channels:
-            raise ValueError(f'{path} was trained on the channels {", ".join(start["inputs"]["channels"])}, not '
-                             f'{", ".join(data.channels)}')
-        models.restore(model, start, c.out if state else path)
-    elif c.init:
-        if not hasattr(module, 'load_published'):
-            raise ValueError(f'{c.model} has no load_published: --init takes the folder of a run of it')
-        module.load_published(models.unwrapped(model.network), c.init)
-    model.to(c.device)
-    models.check_model(model)
-    return model
-
-
-def own_checkpoint(path):
-    """A run's checkpoint dict, or None: the first rank's, on all ranks."""
-    return shared(models.load_checkpoint(path) if RANK == 0 and path.exists() else None)
-
-
-def check_resumable(c, options, steps, state, checkpoint):
-    """Raise ValueError if a checkpoint is of a run with other settings, or with more steps; say if it is extended."""
-    own = asdict(c) | asdict(options)
-    younger = asdict(Config()) | asdict(type(options)())                 # a setting may be younger than the run
-    there = younger | state['config'] | state['options']
-    differs = [k for k in own if k not in MAY_CHANGE and own[k] != there.get(k)]
-    if differs:
-        raise ValueError(f'{checkpoint} is a run with other settings ('
-                         + ', '.join(f'{k}: {there.get(k)}, now {own[k]}' for k in differs) + '): choose another --out')
-    if steps < state['steps']:
-        raise ValueError(f'{checkpoint} is a run of {state["steps"]} steps, now {steps}: only more are possible')
-    if steps > state['steps']:
-        say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the learning rate (and a '
-            f"teacher's momentum) is that of the longer run")
-
+# --- one step
+def learning_rate(step, steps, warmup, peak, low):
+    """Linear warmup from `low`, then a cosine down to `low`."""
+    if step < warmup:
+        return low + (peak - low) * (step + 1) / warmup
+    angle = math.pi * (step - warmup) / max(1, steps - 1 - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(angle))
 
 def train_step(model, forward, optimizer, batches, c, step):
-    """One step of the optimizer, on the next of the batches -> {term: its mean over this rank's part of the batch}.
+    """A step of the optimizer on the next batches -> {term: mean}. forward: the network or its DDP.
 
-    forward: the network, or DDP around it. The means are float64 scalars on the device, and nothing is read from there:
-    Log.read does, steps later. One more term, `finite`, is 1 if all gradients were.
+    Raises FloatingPointError, before any weight moves, if the loss or a gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     sums, accumulate = {}, c.batch // c.micro_batch
     for micro in range(accumulate):
-        x, labels = next(batches)
-        x, labels = model.normalise(x), [labels.to(x)] if c.supervised else []           # (local, C, 32, H, W)
-        common = (c.seed * 2**20 + step) * 1024 + micro
-        generator = torch.Generator().manual_seed(common % 2**63)        # same on all ranks
-        own = (common * 1024 + RANK) % 2**63
-        torch.manual_seed(own)                                           # for networks with dropout and the like
+        x, labels = next(batches)                              # loaded ahead
+        x = model.normalise(x)                                 # (B, C, 32, H, W)
+        labels = [labels.to(x)] if c.supervised else []
+
+        # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself
+        alike = (c.seed * 2**20 + step) * 1024 + micro
+        of_rank = (alike * 1024 + RANK) % 2**63
+        generator = torch.Generator().manual_seed(alike % 2**63)
+        torch.manual_seed(of_rank)                             # for dropout and the like
         if c.noise > 0:
-            noise = torch.Generator(x.device).manual_seed(own)
+            noise = torch.Generator(x.device).manual_seed(of_rank)
             x = x + c.noise * torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype)
+
+        # ranks add their gradients up in the last backward pass of the step
         last = micro == accumulate - 1
         with contextlib.nullcontext() if last or WORLD == 1 else forward.no_sync():
-            with model.autocast():
+            with model.autocast():                             # bfloat16, if the run is in it
                 losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator, *labels)
             if not isinstance(losses, dict) or 'loss' not in losses:
-                raise ValueError("a network's forward(context, target, generator) returns a dict with 'loss' in it")
+                raise ValueError("a network's forward returns a dict with 'loss' in it")
             (losses['loss'] / accumulate).backward()
+
+        # terms of the log, in double precision
         for name, value in losses.items():
-            value = value if torch.is_tensor(value) else torch.full((), value, device=x.device)
-            value = value.detach().double()
+            value = torch.as_tensor(value, device=x.device).detach().double()
             sums[name] = sums.get(name, 0.0) + value / accumulate
-    finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
+
+    # means over all ranks; here the CPU waits for the GPU
+    means = torch.stack(list(sums.values()))
+    if WORLD > 1:
+        dist.all_reduce(means)
+    terms = dict(zip(sums, (means / WORLD).tolist()))
+
+    # what is not finite moves nothing
+    finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if not finite or not math.isfinite(terms['loss']):
+        last, gradient = Path(c.out) / 'ckpt.pt', 'finite' if finite else 'not finite'
+        raise FloatingPointError(                              # no weight has moved
+            f'the loss is {terms["loss"]} at step {step}, its gradient {gradient}; the last good '
+            f'checkpoint is kept ({last if last.exists() else "none yet"}): try a lower --lr')
     optimizer.step()
-    return sums | {'finite': torch.stack(finite).all().double()}
-
-
-class Log:
-    """A run's log.jsonl, a line for each step, and its progress bar.
-
-    What a step gives is kept in `unread`, on the device; `read` gets it all from there at once. seconds: of training
-    so far; loaded: the Timed iterator that the steps wait for. `waiting` is the share of their time that this takes the
-    processor; a GPU has two batches in hand.
-    """
-
-    def __init__(self, c, step, steps, seconds, loaded):
-        path = Path(c.out) / 'log.jsonl'
-        self.batch, self.checkpoint, self.seconds, self.loaded = c.batch, Path(c.out) / 'ckpt.pt', seconds, loaded
-        if RANK == 0 and path.exists():                                  # without steps that will be made again
-            kept = [line for line in path.read_text().splitlines() if line.endswith('}')
-                    and json.loads(line)['step'] < step]
-            write_text(path, ''.join(line + '\n' for line in kept))
-        self.file = open(path if RANK == 0 else os.devnull, 'a')
-        self.bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
-        self.wait_for_next()
-
-    def wait_for_next(self):
-        self.unread, self.started, self.waited = [], time.perf_counter(), self.loaded.seconds
-
-    def read(self, embedding):
-        """Write a line for each unread step, the last with the health of `embedding`.
-
-        Raises FloatingPointError if a loss or a gradient was not finite.
-        """
-        values = torch.cat([torch.stack(list(terms.values())) for _, _, terms in self.unread])
-        if WORLD > 1:
-            dist.all_reduce(values)
-        values, n = iter((values / WORLD).tolist()), len(self.unread)    # here one waits for the GPU
-        took, waited = (time.perf_counter() - self.started) / n, (self.loaded.seconds - self.waited) / n
-        for step, rate, terms in self.unread:
-            read = {name: next(values) for name in terms}                # means over the global batch
-            finite = read.pop('finite') == 1
-            if not finite or not math.isfinite(read['loss']):
-                kept = self.checkpoint if self.checkpoint.exists() else 'none yet'
-                raise FloatingPointError(f'the loss is {read["loss"]} at step {step}, its gradient '
-                                         f'{"" if finite else "not "}finite; the last good checkpoint is kept '
-                                         f'({kept}): try a lower --lr')
-            self.seconds += took
-            last = RANK == 0 and step == self.unread[-1][0] and embedding is not None
-            health = models.embedding_health(embedding) if last else {}
-            self.file.write(json.dumps({
-                'step': step, **read, **health, 'lr': rate, 'samples_per_s': self.batch / took,
-                'seconds': self.seconds, 'waiting': waited / took, 'memory_gb': peak_memory()}) + '\n')
-        self.file.flush()
-        shown = read | ({'rank': health['embedding_rank']} if health else {})
-        self.bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
-        self.bar.update(n)
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-
+    return terms
 
 def optimizer_of(network, c):
-    """AdamW with the paper's betas; all parameters decay, but those of which the network's own `undecayed` is true."""
-    undecayed = getattr(network, 'undecayed', lambda name, parameter: False)
-    groups = {}
+    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay."""
+    undecayed, groups = getattr(network, 'undecayed', None), {}
     for name, parameter in network.named_parameters():
-        groups.setdefault(0.0 if undecayed(name, parameter) else c.weight_decay, []).append(parameter)
-    return torch.optim.AdamW([{'params': parameters, 'weight_decay': decay} for decay, parameters in groups.items()],
-                             lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
+        free = undecayed is not None and undecayed(name, parameter)
+        groups.setdefault(0.0 if free else c.weight_decay, []).append(parameter)
+    groups = [{'params': parameters, 'weight_decay': w} for w, parameters in groups.items()]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
 
+# --- the run
+def initial_model(c, module, options, data, state):
+    """The Model of a run: from its seed, with the weights of --init, or of its own `state`."""
+    path, start = models.checkpoint_of(c.init), state
+    if not state and c.init:
+        with contextlib.suppress(ValueError):                  # of a file that somebody published
+            start = models.load_checkpoint(path)
+
+    # a crop has no periodic border
+    size = (c.crop, c.crop) if c.crop else data.size
+    inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic, size,
+                           is_paired(c), start['inputs']['published'] if start else bool(c.init))
+    model = models.build_model(c.model, options, inputs, *data.normalization(c.normalize), c.seed,
+                               c.dtype, len(data.varying()) if c.supervised else 0)
+
+    if start:                                                  # the weights of a run of train.py
+        if start['inputs']['channels'] != data.channels:       # names, in order
+            trained, channels = ', '.join(start['inputs']['channels']), ', '.join(data.channels)
+            raise ValueError(f'{path} was trained on the channels {trained}, not {channels}')
+        models.restore(model, start, c.out if state else path)
+    elif c.init and not hasattr(module, 'load_published'):
+        raise ValueError(f'{c.model} has no load_published: --init takes a run of it')
+    elif c.init:
+        module.load_published(models.unwrapped(model.network), c.init)
+    return model.to(c.device)
+
+def config_of(state, path):
+    """The Config in a checkpoint dict read from `path`. Settings that are gone are ignored."""
+    try:
+        return Config(**{k: v for k, v in state['config'].items() if k not in GONE})
+    except TypeError:
+        raise ValueError(f'{path} was written by another version of train.py') from None
+
+def check_resumable(c, options, steps, state, checkpoint):
+    """Raise ValueError if a checkpoint is of other settings, or of more steps."""
+    now = asdict(c) | asdict(options)                          # older runs lack younger settings
+    there = asdict(Config()) | asdict(type(options)()) | state['config'] | state['options']
+    changed = [k for k in now if k not in MAY_CHANGE and now[k] != there.get(k)]
+    if changed:
+        changes = ', '.join(f'{k}: {there.get(k)}, now {now[k]}' for k in changed)
+        raise ValueError(f'{checkpoint} has other settings ({changes}): choose another --out')
+    if steps < state['steps']:
+        raise ValueError(f'{checkpoint} has {state["steps"]} steps, now {steps}: only more will do')
+    if steps > state['steps']:                                 # another schedule from here on
+        say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the '
+            f"learning rate (and a teacher's momentum) is that of the longer run")
 
 def announce(c, root, data, model, options, steps, step):
     """Say what is about to happen."""
     labels = ', '.join(data.system.name_of(name) for name in data.varying())
-    say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, labels {labels}')
-    say(describe(c, options))
-    network = models.unwrapped(model.network)
-    encoder = getattr(network, 'encoder', network)
-    in_encoder, in_all = (sum(p.numel() for p in m.parameters()) for m in (encoder, model))
-    say(f'{c.model}, preset {c.preset} on {torch.cuda.get_device_name() if c.device == "cuda" else "CPU"}, '
-        f'{c.dtype}; {in_encoder:,} parameters in the encoder, {in_all - in_encoder:,} beside it')
-    windows, (h, w) = len(data.windows), model.inputs.size
-    say(f'{windows} windows of {FRAMES} + {FRAMES} frames at {h} x {w}; a step takes {c.batch} of them = '
-        f'{c.batch // c.micro_batch} accumulation(s) x {WORLD} rank(s) x {c.micro_batch // WORLD}; '
-        f'{steps} steps = {steps * c.batch / windows:.2f} epochs')
-    say(f'writing {c.out}/ckpt.pt and {c.out}/log.jsonl' + (f', resuming at step {step}' if step else ''))
+    say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
+        f'labels {labels}')
+    # the settings, a paragraph for each group
+    groups = {}
+    for settings in c, options:
+        for f in fields(settings):
+            if shown := as_text(getattr(settings, f.name)):
+                groups.setdefault(f.metadata.get('group', 'model'), []).append(f'{f.name} {shown}')
+    for group, items in groups.items():
+        say(textwrap.fill(f'{group}: {", ".join(items)}', 100, subsequent_indent='  '))
+    # the network, and what a step is
+    in_encoder, in_all = models.count_parameters(model)
+    where = torch.cuda.get_device_name() if c.device == 'cuda' else 'CPU'
+    say(f'{c.model}, preset {c.preset} on {where}, {c.dtype}; {in_encoder:,} parameters in the '
+        f'encoder, {in_all - in_encoder:,} beside it')
+    windows, (h, w) = len(data.windows), model.inputs.size     # of a step
+    say(f'{windows} windows of {FRAMES} + {FRAMES} frames at {h} x {w}; a step takes {c.batch} of '
+        f'them = {c.batch // c.micro_batch} accumulation(s) x {WORLD} rank(s) x '
+        f'{c.micro_batch // WORLD}; {steps} steps = {steps * c.batch / windows:.2f} epochs')
+    resuming = f', resuming at step {step}' if step else ''
+    say(f'writing {c.out}/ckpt.pt and {c.out}/log.jsonl{resuming}')
 
+def open_log(c, step):
+    """log.jsonl to append to, without the steps that will be made again; rank 0's alone is kept."""
+    path = Path(c.out) / 'log.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if line.endswith('}\n') and json.loads(line)['step'] < step]
+        write_text(path, ''.join(kept))
+    return open(path if RANK == 0 else os.devnull, 'a', buffering=1)     # a line at a time
+
+def log_step(log, bar, embedding, step, terms, rest):
+    """Write a line of the log, and show its losses. Has the embedding, (B, D, ...), collapsed?"""
+    health = models.embedding_health(embedding) if RANK == 0 and embedding is not None else {}
+    log.write(json.dumps(step | terms | health | rest) + '\n')
+    shown = terms | ({'rank': health['embedding_rank']} if health else {})
+    bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
+    bar.update()
 
 def train(c, module, options):
     """The run: data, model, optimizer, then step after step to the end of its schedule."""
     start_ranks(c.device, 'nccl' if c.device == 'cuda' else 'gloo')
     root, data = open_data(c)
-    windows = len(data.windows)
+    windows, out, checkpoint = len(data.windows), Path(c.out), Path(c.out) / 'ckpt.pt'
     steps = c.steps if c.steps >= 0 else math.ceil(c.epochs * windows / c.batch)
     warmup = min(steps, round(c.warmup_epochs * windows / c.batch))
-    out = Path(c.out)
-    checkpoint = out / 'ckpt.pt'
-    state, step, seconds, git = own_checkpoint(checkpoint), 0, 0.0, git_hash()
+
+    # a run that was begun goes on: rank 0 has its checkpoint
+    state = models.load_checkpoint(checkpoint) if RANK == 0 and checkpoint.exists() else None
+    state, step, seconds, git = from_rank_0(state), 0, 0.0, git_hash()
     if state:
         check_resumable(c, options, steps, state, checkpoint)
+        step, seconds = state['step'], state['seconds']
+
+    # the model, and its optimizer with the fused kernel of this device, whatever saved it
     model = initial_model(c, module, options, data, state)
-    optimizer = optimizer_of(model.network, c)
+    optimizer, network = optimizer_of(model.network, c), model.network
     if state:
         for group in state['optimizer']['param_groups']:
-            group['fused'] = c.device == 'cuda'                          # it may have been saved on another device
+            group['fused'] = c.device == 'cuda'
         optimizer.load_state_dict(state['optimizer'])
-        step, seconds = state['step'], state['seconds']
-    out.mkdir(parents=True, exist_ok=True)
     announce(c, root, data, model, options, steps, step)
+
+    # the network as a step calls it: with blocks computed twice, on all ranks, compiled
+    forward = network
     if c.recompute:
-        models.recompute_blocks(model.network)
-    forward = model.network
-    if WORLD > 1:
-        forward = DistributedDataParallel(forward, find_unused_parameters=model.inputs.published or c.supervised)
-    if c.compile:
-        forward = torch.compile(forward)
+        models.recompute_blocks(network)
+    if WORLD > 1:                                              # some parameters get no gradient?
+        unused = model.inputs.published or c.supervised
+        forward = DistributedDataParallel(network, find_unused_parameters=unused)
+    forward = torch.compile(forward) if c.compile else forward
 
+    # a checkpoint has all that a resume, or eval.py, needs
     def save():
-        labels = data.labels(data.varying())
+        labels = data.labels(data.varying())                   # (runs, L)
         write_tensors(checkpoint, dict(
-            model=model.network.state_dict(), optimizer=optimizer.state_dict(), step=step, steps=steps,
-            seconds=seconds, samples=step * c.batch, config=asdict(c), options=asdict(options),
-            inputs=asdict(model.inputs), mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
-            labels=data.varying(), label_mean=labels.mean(0).tolist(), label_std=labels.std(0).tolist(),
-            git=git))
+            config=asdict(c), options=asdict(options), inputs=asdict(model.inputs),
+            mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
+            labels=data.varying(), label_mean=labels.mean(0).tolist(),
+            label_std=labels.std(0).tolist(), model=network.state_dict(), step=step, steps=steps,
+            optimizer=optimizer.state_dict(), seconds=seconds, samples=step * c.batch, git=git))
 
+    # batches are loaded ahead, while the network computes
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
-    loaded = Timed(prefetch(lambda job: load_batch(data, c, *job), jobs, workers=LOADERS[c.device]))
-    batches = on_gpu(loaded) if c.device == 'cuda' else loaded
-    with contextlib.closing(Log(c, step, steps, seconds, loaded)) as log:
-        while step < steps:
-            rate = learning_rate(step, steps, warmup, c.lr, c.min_lr)
+    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, 4 if c.device == 'cuda' else 1)
+    bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
+    with open_log(c, step) as log, contextlib.closing(bar), contextlib.closing(batches):
+        while step < steps:                                    # waiting for data is timed, too
+            began, rate = time.perf_counter(), learning_rate(step, steps, warmup, c.lr, c.min_lr)
             for group in optimizer.param_groups:
                 group['lr'] = rate
-            log.unread.append((step, rate, train_step(model, forward, optimizer, batches, c, step)))
-            if hasattr(model.network, 'after_step'):
+            terms = train_step(model, forward, optimizer, batches, c, step)
+            if hasattr(model.network, 'after_step'):           # a teacher follows
                 model.network.after_step((step + 1) / steps)
+            took = time.perf_counter() - began
+            seconds += took
+
+            # can its tokens be probed? then its line of the log, and now and then a checkpoint
+            if step == 0:
+                models.check_tokens(model, data.load(data.windows[:1], FRAMES, c.crop, seeds=[0]))
+            log_step(log, bar, model.embedding, {'step': step}, terms, dict(
+                lr=rate, samples_per_s=c.batch / took, seconds=seconds, memory_gb=peak_memory()))
             step += 1
-            saving = step % c.save_every == 0 or step == steps
-            if saving or step % c.log_every == 0:
-                log.read(model.embedding)
-                seconds = log.seconds
-                if saving and RANK == 0:                                 # what has been read, and so is finite
-                    save()
-                log.wait_for_next()
-    if RANK == 0 and not checkpoint.exists():                            # no step was asked for
+            if RANK == 0 and (step % c.save_every == 0 or step == steps):
+                save()
+    if RANK == 0 and not checkpoint.exists():                  # no step was asked for
         save()
     say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '
         f'Next: python eval.py {out}')
-    if WORLD > 1:
-        del forward                      # first, or its end may wait for gloo's thread, which waits for Python's lock
-        dist.destroy_process_group()
-
 
 @script
 def main(argv=None):
     train(*parse(argv, __doc__))
-
 
 if __name__ == '__main__':
     main()

@@ -22,7 +22,6 @@ from common import RANK, WORLD, at_least, check_state, option, published_state
 TITLE = 'VideoMAE'
 SIZES = {'nano': (64, 4, 2), 'tiny': (192, 12, 3), 'small': (384, 12, 6)}    # width, depth, heads
 
-
 @dataclass
 class ViTOptions:
     """Of the encoder. The defaults are the paper's."""
@@ -32,13 +31,11 @@ class ViTOptions:
     heads: int = option(0, 'of the encoder; 0: as its size says')
     patch: int = option(16, 'side of a tubelet, which is two frames long')
 
-
 @dataclass
 class Options(ViTOptions):
     mask_ratio: float = option(0.9, 'share of the patches that is hidden')
     decoder_width: int = option(192, 'width of the decoder, 64 a head')
     decoder_depth: int = option(4, 'blocks of the decoder')
-
 
 PRESETS = {
     # no noise: it would be part of the target; 128 windows are the paper's batch of 256 clips
@@ -46,7 +43,6 @@ PRESETS = {
     'nano': dict(size='nano', patch=8, decoder_width=64, decoder_depth=2, mask_ratio=0.75,
                  lr=1.5e-3, warmup_epochs=0.3),
 }
-
 
 def check(options, inputs):
     """Raise ValueError if the options do not fit together, or not the fields of inputs.size."""
@@ -56,7 +52,6 @@ def check(options, inputs):
     # the masks refuse a ratio that leaves nothing to hide, or nothing to see
     H, W = inputs.size
     tube_masks(1, H * W // options.patch**2, options.mask_ratio, torch.Generator())
-
 
 def check_sizes(options, decoder_width, size):
     """Raise ValueError if heads do not divide their widths, or patches the fields' size (H, W)."""
@@ -69,7 +64,6 @@ def check_sizes(options, decoder_width, size):
         raise ValueError(f'the patches need sides divisible by {options.patch}, not {size[0]} x '
                          f'{size[1]}: choose another --resolution, --crop or --patch')
 
-
 def encoder_size(options):
     """(width, depth, heads): each as its option says, or, where that is 0, as the named size."""
     if options.size not in SIZES:
@@ -78,17 +72,14 @@ def encoder_size(options):
     width, depth, heads = SIZES[options.size]
     return options.width or width, options.depth or depth, options.heads or heads
 
-
 def decoder_heads(width):
     """Of a light decoder: 64 channels each."""
     return max(1, width // 64)
-
 
 def build(options, inputs):
     o, heads = options, decoder_heads(options.decoder_width)
     return VideoMAE(len(inputs.channels), *encoder_size(o), o.patch, decoder_width=o.decoder_width,
                     decoder_depth=o.decoder_depth, decoder_heads=heads, mask_ratio=o.mask_ratio)
-
 
 def patchify(x, tubelet, patch):
     """Fields (B, C, T, H, W) -> patches (B, N, tubelet * patch * patch, C), N in order t, h, w."""
@@ -100,11 +91,9 @@ def patchify(x, tubelet, patch):
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)                # (B, t, h, w, tubelet, patch, patch, C)
     return x.reshape(B, -1, tubelet * patch * patch, C)
 
-
 def take(x, index):
     """Rows `index` (B, n) of every sample of x (B, N, ...) -> (B, n, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
-
 
 @lru_cache(maxsize=16)
 def positions(tokens, width, dtype=torch.float32, device=None):
@@ -114,7 +103,6 @@ def positions(tokens, width, dtype=torch.float32, device=None):
     angle = n / 10000**(2 * i.double() / width)          # (tokens, width), float64 as officially
     table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
     return table.float().to(device, dtype)
-
 
 def tube_masks(batch, places, mask_ratio, generator=None, rank=0, world=1):
     """True where a place is hidden, in all frames: (2 * batch, places), for context and target."""
@@ -126,13 +114,11 @@ def tube_masks(batch, places, mask_ratio, generator=None, rank=0, world=1):
     order = torch.rand(2, world * batch, places, generator=generator).argsort(-1)    # permutations
     return (order < hidden)[:, rank * batch:(rank + 1) * batch].flatten(0, 1)
 
-
 def tube_tokens(chosen, slots):
     """Indices (B, slots * n) of the tokens of all time slots at n places, true in (B, places)."""
     B, places = chosen.shape
     place = chosen.nonzero()[:, 1].view(B, 1, -1)                        # (B, 1, n)
     return (place + places * torch.arange(slots, device=chosen.device)[:, None]).flatten(1)
-
 
 @torch.no_grad()
 def normalized_pixels(patches):
@@ -141,10 +127,8 @@ def normalized_pixels(patches):
     variance = x.square().sum(dim=-2, keepdim=True) / (x.shape[-2] - 1)
     return (x / (variance.sqrt() + 1e-6)).flatten(-2)
 
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> same. Keys have no bias: the softmax ignores it."""
-
     def __init__(self, width, heads):
         super().__init__()
         if width % heads:
@@ -163,10 +147,8 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                      # the same
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
-
 class Block(nn.Module):
     """Transformer block, pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B, N, D)."""
-
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -179,10 +161,8 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
 class PatchEmbed(nn.Module):
     """Patches (B, n, pixels, C) -> (B, n, width): a convolution whose stride is its kernel."""
-
     def __init__(self, channels, width, patch, tubelet):
         super().__init__()
         self.proj = nn.Conv3d(channels, width, (tubelet, patch, patch), (tubelet, patch, patch))
@@ -191,10 +171,8 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight.movedim(1, -1).flatten(1)              # (D, pixels * C)
         return F.linear(patches.flatten(2), weight, self.proj.bias)
 
-
 class Encoder(nn.Module):
     """ViT: patches (B, N, pixels, C) -> tokens (B, N, width), or of `visible` (B, n) alone."""
-
     def __init__(self, channels, width=384, depth=12, heads=6, patch=16, tubelet=2):
         super().__init__()
         self.dim = width
@@ -209,10 +187,8 @@ class Encoder(nn.Module):
             position = position[visible]                                 # (B, n, D)
         return self.norm(self.blocks(self.patch_embed(patches) + position))
 
-
 class Decoder(nn.Module):
     """Tokens (B, N, width) -> predictions (B, hidden, outputs) of the last `hidden` tokens."""
-
     def __init__(self, width, depth, heads, outputs):
         super().__init__()
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
@@ -221,7 +197,6 @@ class Decoder(nn.Module):
 
     def forward(self, x, hidden):
         return self.head(self.norm(self.blocks(x)[:, -hidden:]))
-
 
 def initialise(mask_token, *networks):
     """As VideoMAE's: a small mask token, Xavier's uniform linear layers, their biases zero."""
@@ -232,10 +207,8 @@ def initialise(mask_token, *networks):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-
 class VideoMAE(nn.Module):
     """Reconstructs context and target, each on its own: forward(context, target) -> {'loss'}."""
-
     def __init__(self, channels, width=384, depth=12, heads=6, patch=16, tubelet=2,
                  decoder_width=192, decoder_depth=4, decoder_heads=3, mask_ratio=0.9):
         super().__init__()
@@ -281,7 +254,6 @@ class VideoMAE(nn.Module):
     def features(self, x):
         """All tokens: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""
         return self.encoder(patchify(x, self.tubelet, self.patch))
-
 
 def load_published(model, path):
     """Load MCG-NJU/VideoMAE's checkpoint, or raise ValueError and leave the model as it was."""

@@ -40,7 +40,6 @@ WELL = {
     'supernova': (3, True, GAS), 'gravity_cooling': (3, True, GAS),
     'radiative_layer': (2, True, f'density pressure {V2}')}
 
-
 @dataclass
 class Options:
     """The defaults are those of the published model."""
@@ -53,11 +52,9 @@ class Options:
     generator_width: int = option(768, "of the layers that make the operator's weights")
     max_steps: int = option(32, '1/max_steps is the shortest step of the integration')
 
-
 PRESETS = {'paper': dict(noise=0.0), 'nano': dict(                 # it z-scores its inputs itself
     normalize=False, width=32, depth=2, heads=2, patch=8, operator_width=4, generator_width=16,
     max_steps=2, layer_scale=0.1, batch=16, micro_batch=16, steps=4800, lr=3e-3)}
-
 
 def check(o, inputs):
     """Raise ValueError if the options, or what the network will see, do not fit."""
@@ -73,11 +70,9 @@ def check(o, inputs):
     if inputs.channels is not None:
         ordered_channels(inputs.system, inputs.channels)
 
-
 def build(o, inputs):
     return DISCO(inputs.system, inputs.channels, inputs.published, o.width, o.depth, o.heads,
                  o.patch, o.generator_width, o.operator_width, o.layer_scale, o.max_steps)
-
 
 def ordered_channels(dataset, channels):
     """A dataset's channels in DISCO's order. Raises ValueError if DISCO has others, or not it."""
@@ -88,12 +83,10 @@ def ordered_channels(dataset, channels):
         raise ValueError(f'in DISCO {dataset} has {", ".join(ordered)}, not {", ".join(channels)}')
     return ordered
 
-
 def standardize(x, first):
     """z-scores of x over the axes from `first` on; the mean and the std that undo them."""
     mean, std = mean_and_std(x, tuple(range(first, x.ndim)))
     return (x - mean) / (std + 1e-7), mean, std + 1e-7
-
 
 # --- hypernetwork: frames -> tokens
 class GroupNorm(nn.GroupNorm):
@@ -101,7 +94,6 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, groups, dim):
         super().__init__(groups, dim)
         self.bias = None
-
 
 class RelativeBias(nn.Module):
     """T5's bias by position, (1, heads, n, n): 16 bins of distance, and 16 more for keys ahead."""
@@ -117,7 +109,6 @@ class RelativeBias(nn.Module):
         bins = torch.bucketize(ahead.abs(), self.edges, right=True) + 16 * (ahead > 0)
         return self.relative_attention_bias(bins).permute(2, 0, 1)[None]
 
-
 def attend(qkv, axis, heads, qnorm, knorm, bias):
     """Attention along one axis: qkv (B, T, 3C, H, W, D), head by head -> (B, T, C, H, W, D)."""
     # the other axes join the batch, then leave it
@@ -127,7 +118,6 @@ def attend(qkv, axis, heads, qnorm, knorm, bias):
     y = F.scaled_dot_product_attention(qnorm(q), knorm(k), v, attn_mask=bias(q.shape[-2]))
     y = y.view(x.shape[1:])                                        # (B, .., heads, n, C/heads)
     return y.movedim((-3, -1, -2), (2, 3, axis if axis < 2 else axis + 1)).flatten(2, 3)
-
 
 class TemporalAttention(nn.Module):
     """Every position attends over time. (B, T, C, H, W, D) -> same shape."""
@@ -146,7 +136,6 @@ class TemporalAttention(nn.Module):
         y = attend(y, 1, self.heads, self.qnorm, self.knorm, self.rel_pos_bias)
         y = self.output_head(self.norm2(y.flatten(0, 1))).unflatten(0, (B, T))
         return x + self.gamma.view(C, 1, 1, 1) * y
-
 
 class SpatialAttention(nn.Module):
     """Frames attend along their first `axes` axes, averaged; an MLP. (B, T, C, H, W, D) -> same."""
@@ -181,11 +170,11 @@ class SpatialAttention(nn.Module):
         x = x + self.gamma_mlp.view(C, 1, 1, 1) * self.mlp_norm(y)
         return x.unflatten(0, (B, T))
 
-
 class Hypernetwork(nn.Module):
     """Frames (B, C, T, *space) of some states -> tokens (B, T, dim, *space / patch), three axes."""
     def __init__(self, axes, dim, blocks, heads, patch, layer_scale):
         super().__init__()
+        self.dim = dim
         self.adapter = nn.ModuleDict({'linear': nn.Linear(len(STATES), dim // 4)})
         # a convolutional encoder for each number of axes
         self.encoder, c, k = nn.ModuleDict(), dim // 4, patch // 4
@@ -219,7 +208,6 @@ class Hypernetwork(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block['spatial'](block['temporal'](x), axes=3 if i else len(space))
         return x
-
 
 # --- operator: a U-Net whose weights are generated
 class Operator(nn.Module):
@@ -281,7 +269,6 @@ class Operator(nn.Module):
         """For each entry of theta the largest initial weight of its tensor: its scale."""
         return torch.cat([p.abs().max().expand(p.numel()) for p in self.parameters()])
 
-
 # --- integration
 def bosh3(f, y, max_steps=32, rtol=5e-6, atol=1e-9):
     """y(1) of dy/dt = f(t, y) from y(0) = y: Bogacki and Shampine's Runge-Kutta of order 3 (1989).
@@ -330,7 +317,6 @@ def bosh3(f, y, max_steps=32, rtol=5e-6, atol=1e-9):
     s = (1 - t) / h
     return cubic(s) + 16 * s**2 * (1 - s)**2 * (y + h / 2 * k2 - cubic(0.5))
 
-
 # --- the model
 class DISCO(nn.Module):
     """The whole model: context, target (B, C, T, H, W) -> {'loss'}, of the target's first frame.
@@ -338,7 +324,6 @@ class DISCO(nn.Module):
     `channels`: those of WELL[dataset] in any order. Published weights have the operators of all
     datasets and the default sizes. Raises ValueError for names and sizes that do not fit.
     """
-
     def __init__(self, dataset, channels=None, all_datasets=False, dim=384, blocks=12, heads=6,
                  patch=16, hidden=768, width=8, layer_scale=1e-6, max_steps=32):
         super().__init__()
@@ -430,7 +415,6 @@ class DISCO(nn.Module):
         frame = (target[:, :, 0] - mean) / std                     # (B, C, H, W)
         variance = frame.flatten(2).var(2) + 1e-7                  # (B, C)
         return {'loss': ((y - frame).pow(2).flatten(2).mean(2) / variance).mean()}
-
 
 def load_published(model, path):
     """Load a DISCO training checkpoint. Raises ValueError, naming the key, if it does not fit."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import at_least, option, parse, pick_device, read_tensors, script
-
 import torch
 
 from eval import PROBES, PUBLISHED_ROW, fit_probes, print_table, score
@@ -20,12 +19,10 @@ TITLE = 'DISCO, published latents'
 LABELS = {'active_matter': ['L', 'zeta', 'alpha'], 'shear_flow': ['Rayleigh', 'Schmidt'],
           'rayleigh_benard': ['Rayleigh', 'Prandtl']}              # in the files' order
 
-
 @dataclass
 class Settings:
     data: str = option('', 'system of the latents: ' + ', '.join(LABELS), 'data')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
-
 
 def read_latents(folder, dataset):
     """{split: (tokens (n, 1, D), labels (n, L))} of official files, and the names of these labels.
@@ -50,7 +47,6 @@ def read_latents(folder, dataset):
     varies = splits['train'][1].std(0) > 0
     splits = {split: (z, y[:, varies]) for split, (z, y) in splits.items()}
     return splits, [name for name, v in zip(names, varies) if v]
-
 
 @script
 def main(argv=None):
@@ -83,7 +79,6 @@ def main(argv=None):
     print_table([{'system': args.data, 'split': 'held-out half of the valid', 'labels': labels,
                   'row': TITLE, 'rows': scores, 'by_run': by_window, 'unit': 'windows', 'field': '',
                   'seeds': {}, 'run': {'windows_seen': 0, 'preset': '', 'settings': {}}}])
-
 
 if __name__ == '__main__':
     main()

@@ -22,7 +22,6 @@ TITLE = 'MPP'
 SIZES = {'Ti': (192, 12, 3), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16),
          'nano': (48, 2, 3)}                                       # width, blocks, heads
 
-
 @dataclass
 class Options:
     """The defaults are those of the published MPP-Ti."""
@@ -33,11 +32,9 @@ class Options:
     layer_scale: float = option(1e-6, 'initial layer scale of the blocks')
     official_state_map: bool = option(False, 'number the channels as the official script does')
 
-
 PRESETS = {'paper': dict(noise=0.0), 'nano': dict(                 # it z-scores its inputs itself
     crop=0, normalize=False, size='nano', layer_scale=0.1, batch=16, micro_batch=16, steps=4800,
     lr=3e-3)}
-
 
 def resolve_size(size, given=(0, 0, 0)):
     """(width, blocks, heads) of a name in SIZES, or these three; what is `given` replaces them."""
@@ -49,7 +46,6 @@ def resolve_size(size, given=(0, 0, 0)):
         raise ValueError(f'MPP width {dim} is not divisible by 4 and by its {heads} heads')
     return dim, blocks, heads
 
-
 def check(o, inputs):
     """Raise ValueError if the options, or what the network will see, do not fit."""
     if not inputs.paired:
@@ -60,11 +56,9 @@ def check(o, inputs):
     if H % 16 or W % 16:
         raise ValueError(f'MPP needs multiples of 16, not {H} x {W}: set --resolution or --crop')
 
-
 def build(o, inputs):
     size = resolve_size(o.size, (o.width, o.depth, o.heads))
     return MPP(inputs.channels, inputs.periodic, size, o.official_state_map, o.layer_scale)
-
 
 # Of MPP's two flows, velocity here is that of the incompressible one, and a tracer stands for its
 # particles. Buoyancy is, up to a factor, the density minus its mean (Boussinesq).
@@ -73,7 +67,6 @@ STATES = {'height': 0, 'velocity_x': 1, 'velocity_y': 2, 'tracer': 3, 'activator
           'inhibitor': 5, 'density': 8, 'buoyancy': 8, 'pressure': 9}
 STATE_AXIS = {'space_bag.weight': 1, 'debed.out_kernel': 1, 'debed.out_bias': 0}       # in weights
 
-
 def state_indices(channels, official_state_map=False):
     """The state of each named channel. Names that MPP has never seen get 12, 13, .. in turn."""
     # the script of arXiv 2603.13227 counts the channels: pressure may meet the weights of a height
@@ -81,7 +74,6 @@ def state_indices(channels, official_state_map=False):
         return list(range(len(channels)))
     new = [c for c in channels if c not in STATES]
     return [STATES[c] if c in STATES else KNOWN + new.index(c) for c in channels]
-
 
 # --- stem and decoder
 class RMSInstanceNorm(nn.Module):
@@ -94,7 +86,6 @@ class RMSInstanceNorm(nn.Module):
 
     def forward(self, x):
         return x * (self.weight.view(-1, 1, 1) / (mean_and_std(x, (-2, -1))[1] + 1e-8))
-
 
 class Stem(nn.Module):
     """hMLP stem: fields (N, C, H, W) -> patches (N, D, H/16, W/16), by strides of 4, 2 and 2."""
@@ -117,7 +108,6 @@ class Stem(nn.Module):
     def forward(self, x, space_bag, states):
         return self.in_proj[1:](self.embed_fields(x, space_bag, states))
 
-
 class Decoder(nn.Module):
     """Patches (N, D, H/16, W/16) -> the fields `states`, (N, C, H, W): the stem mirrored."""
     def __init__(self, dim, columns):
@@ -133,7 +123,6 @@ class Decoder(nn.Module):
         kernel, bias = self.out_kernel[:, states], self.out_bias[states]
         return F.conv_transpose2d(self.out_proj(z), kernel, bias, stride=4)
 
-
 # --- space-time blocks
 def distance_buckets(n, periodic=False, device=None):
     """T5's bucket, 0..31, of the distance from each query (row) to each key: (n, n)."""
@@ -144,7 +133,6 @@ def distance_buckets(n, periodic=False, device=None):
         d = torch.where(d.abs() > half, d - 2 * half * d.sign(), d)
     far = 8 + (torch.log(d.abs().clamp(min=8) / 8) / math.log(32 / 8) * 8).long()
     return torch.where(d.abs() < 8, d.abs(), far.clamp(max=15)) + 16 * (d > 0)
-
 
 class Attention(nn.Module):
     """Multi-head attention along axes of (B, T, D, h, w), averaged over them. The shape stays."""
@@ -187,7 +175,6 @@ class Attention(nn.Module):
             y = y * kept / (1 - self.dropped)
         return x + y
 
-
 class Temporal(Attention):
     """Attention along time, each patch on its own; a residual with layer scale. Instance norms."""
     def __init__(self, dim, heads, layer_scale):
@@ -196,7 +183,6 @@ class Temporal(Attention):
 
     def forward(self, x, axes):                                    # (B, T, D, h, w)
         return self.add(x, self.gamma, self.attend(x, axes))
-
 
 class Spatial(Attention):
     """Axial attention along h and w in each frame, then an MLP; residuals with layer scale."""
@@ -213,7 +199,6 @@ class Spatial(Attention):
         y = self.mlp(x.movedim(2, -1)).movedim(-1, 2)
         return self.add(x, self.gamma_mlp, self.mlp_norm(y))
 
-
 class Block(nn.Module):
     """One space-time block of the AViT: attention along time, then along space and an MLP."""
     def __init__(self, dim, heads, layer_scale):
@@ -224,14 +209,12 @@ class Block(nn.Module):
     def forward(self, x, time, space):
         return self.spatial(self.temporal(x, time), space)
 
-
 # --- the model
 def normalised_mse(prediction, frame):
     """Mean squared error over the frame's variance, by sample and channel; both (B, C, H, W)."""
     # MPP's own loss divides by the mean square, where an offset hides what varies
     error = (prediction - frame).pow(2).mean((-2, -1))             # (B, C)
     return (error / (frame.var((-2, -1), correction=0) + 1e-7)).mean()
-
 
 class AViT(nn.Module):
     """Encoder and decoder on named channels. Its norms are unstable on less than 4 x 4 patches."""
@@ -270,7 +253,6 @@ class AViT(nn.Module):
             z = block(z, time, space)
         return z, mean[:, :, 0], std[:, :, 0]
 
-
 class MPP(nn.Module):
     """AViT and its loss: context, target (B, C, 16, H, W) -> {'loss'} of the frame after it."""
     def __init__(self, channels, *settings, **named):
@@ -299,7 +281,6 @@ class MPP(nn.Module):
         """(B, C, 16, H, W) -> tokens of the last time step, (B, N = H/16 * W/16, D)."""
         with torch.autocast('cuda' if x.is_cuda else 'cpu', enabled=False):
             return self.encoder(x)[0][:, -1].flatten(2).transpose(1, 2)
-
 
 def load_published(model, path):
     """Load a published MPP_AViT_* file. Raises ValueError, naming file and key, for others."""

@@ -12,8 +12,7 @@ Parts: paper-tables, fewer-labels; of nano also longest, latents-or-pixels. A ce
 is one training with one seed, and its errors on test. simulate.py (each seed has its own data),
 train.py and eval.py make it in rows/CELL, and go on where they were interrupted. The result goes to
 results/cells/CELL.json; with today's settings it is not made again. Each of --jobs has one CPU core
-(or OMP_NUM_THREADS). To use several GPUs, first run torchrun train.py with the flags of a row and
---out rows/CELL. After a change of code, delete rows/ and results/cells/.
+(or OMP_NUM_THREADS). After a change of code, delete rows/ and results/cells/.
 """
 import json
 import os
@@ -27,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import alone_in, at_least, data_folder, option, parse, say, script, write_text
-
 import torch
 
 import eval as evaluation
@@ -91,7 +89,6 @@ class Settings:
     jobs: int = option(0, 'cells at once; 0: one for each CPU core, or one on a GPU', 'machine')
 
 # --- a cell
-
 def find_cell(name, args):
     """A cell by its name SYSTEM-ROW-seedN: its files, and the commands that make it.
 
@@ -112,7 +109,6 @@ def find_cell(name, args):
     return SimpleNamespace(
         name=name, system=system, seed=int(seed), preset=preset, data=data, run=run,
         result=Path(args.results, f'{name}.json'),
-        # the commands
         simulate=['simulate.py', system, '--preset', preset, *seeded, *folder],
         train=['train.py', '--data', system, *ROWS[row].split(), *seeded, *folder,
                '--out', str(run)],
@@ -173,8 +169,7 @@ def what_is_missing(cell):
         words = [f'stale: {why_stale(cell, json.loads(cell.result.read_text()))[1]}']
         if words == ['stale: ']:
             return '', ''
-
-    step, steps, differs = progress(cell)
+    step, steps, differs = progress(cell)                                # of its training
     if differs:
         words.append(f'delete {cell.run} first, a run of other settings: {differs}')
     elif step:
@@ -182,7 +177,6 @@ def what_is_missing(cell):
     return 'scoring' if step == steps and not differs else 'training', '; '.join(words)
 
 # --- making cells
-
 def make(cell, log, stop):
     """Run the commands of a cell, which do nothing if it is done, and keep its eval.json -> that.
 
@@ -190,13 +184,12 @@ def make(cell, log, stop):
     Raises ValueError if a command fails, or if there is a run of other settings.
     """
     def execute(command):
-        if stop.is_set():
+        if stop.is_set():                                                # Ctrl-C
             raise ValueError('interrupted')
         print('$ python', *command, file=log, flush=True)
         done = subprocess.run([sys.executable, report.HERE / command[0], *command[1:]], stdout=log,
                               stderr=log, env={'OMP_NUM_THREADS': '1', **os.environ})
-
-        if done.returncode:
+        if done.returncode:                                              # it has said why
             where = f': {log.name} says why' if log else ''
             raise ValueError(f'python {" ".join(command)} failed{where}')
 
@@ -235,8 +228,6 @@ def make_all(cells, jobs):
     failed, done, stop = {}, [], threading.Event()
 
     def work(cell):
-        if stop.is_set():                                                # Ctrl-C
-            return
         try:
             cell.run.parent.mkdir(exist_ok=True)                         # rows/
             log_file = cell.run.with_name(f'{cell.name}.log')
@@ -260,8 +251,8 @@ def make_all(cells, jobs):
 
 def tables_of(names, preset, results):
     """Markdown of the parts (none: all of the preset), rows and cells that were asked for."""
-    groups = GROUPS[preset]
-    asked, tables = names or [*groups], []
+    groups, tables = GROUPS[preset], []
+    asked = names or [*groups]
     if {'paper-tables', 'fewer-labels'} & {*asked}:
         tables += [report.table_one(results, preset), report.cost_table(results, preset)]
         for system in sorted({result['system'] for result in results.values()}):

@@ -4,15 +4,13 @@ Pictures of the whole benchmark, made from results/cells/ and from the datasets 
     python -m benchmark.figures             # all that can be drawn -> figures/
 
 targets.png: errors by what was predicted; labels.png: by the share of labels; systems.png: a run
-of each system; parameters.png: what their parameters change. What is left out is named.
+of each system. What is left out is named.
 """
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 
 from common import data_folder, option, parse, script
-
 import numpy as np
 from matplotlib.ticker import LogLocator
 
@@ -32,8 +30,7 @@ ERROR = 'error on test (MSE, z-scored)'
 
 @dataclass
 class Settings:
-    data_dir: str = option('', 'datasets (default: $THE_WELL_DATA_DIR, else data/seed0 if it is '
-                               'there, else data)', 'what')
+    data_dir: str = option('', 'default: $THE_WELL_DATA_DIR, else data/seed0 or data', 'what')
     results: str = option('', "folder of the benchmark's results (default: results/cells)", 'what')
     out: str = option('figures', 'folder for the pictures', 'what')
 
@@ -156,63 +153,37 @@ def draw_labels(args, cells):
                   ncols=min(1 + len(found), len(keys)))
     return figure, [in_words(system) for system in system_names() if system not in found]
 
-def fields(figure, rows):
-    """Frames side by side. rows: (text on the left, x (nx,), y (ny,), frames), where frames are
-    [(text above, text below, field (nx, ny), the ends of its colours)]."""
-    tall = [np.clip(np.ptp(y) / np.ptp(x), 0.25, 1) for _, x, y, _ in rows]
-    widest = max(len(frames) for *_, frames in rows)
-    axes = figure.subplots(len(rows), widest, height_ratios=tall, squeeze=False)
-
-    for row, (left, x, y, frames) in zip(axes, rows):
-        for ax, (above, below, frame, colors) in zip(row, frames):
-            show(ax, x, y, frame, *colors)
-            ax.set_title(above, pad=4)
-            ax.set_xlabel(below, labelpad=3)
-        row[0].set_ylabel(left, rotation=0, ha='right', va='center')
-        for ax in row[len(frames):]:
-            ax.set_axis_off()
-
-def span(low, high):
-    """A range in words, to two digits of its width."""
-    digits = 1 - int(np.floor(np.log10(max(high - low, 1e-30))))
-    return ' to '.join(f'{round(float(v), digits) + 0.0:g}' for v in (low, high))        # no -0
-
-def trajectory(name, system, root, columns=5):
-    """A row of `fields`: a test run at the largest parameters, in the same colours at all times."""
-    found, names = files_by_labels(root)
-    pair = corners(found)[-1]
-    shown, field, time, x, y = read_example(found[pair], system.picture)
-    picked = np.linspace(0, len(shown) - 1, columns + 1).round().astype(int)[1:]         # t > 0
-    colors = limits(shown[picked], field)
-    left = f'{in_words(name)}\n{field}\n{values_of(system, names, pair)}'
-    return left, x, y, [(f't = {time[i]:.3g}', '', shown[i], colors) for i in picked]
-
-def extremes(name, system, root, late=0.75):
-    """A row of `fields`: a late frame at each pair of smallest and largest parameters."""
-    found, names = files_by_labels(root)
-    frames = []
-    for pair in corners(found):
-        shown, field, time, x, y = read_example(found[pair], system.picture)
-        i = round(late * (len(shown) - 1))
-        colors = limits(shown[i], field)
-        frames.append((values_of(system, names, pair, ', '), span(*colors), shown[i], colors))
-    return f'{in_words(name)}\n{field}\nt = {time[i]:.3g}', x, y, frames
-
-def draw_fields(args, cells, row, width, height):
-    """A row of each system whose dataset is on disk. width, height: inches, of all."""
+def draw_systems(args, cells, columns=5):
+    """A test run of each system whose dataset is on disk, at its largest parameters."""
     folder = data_folder(args.data_dir, 'data/seed0' if Path('data/seed0').exists() else '')
-    found = {name: find_dataset(name, folder) for name in system_names()}
-    rows = {name: row(name, system, root) for name, (root, system, _) in found.items()
-            if any(root.glob('data/test/*.h*5'))}
-    if not rows:
+    found = {name: find_dataset(name, folder)[:2] for name in system_names()}
+    there = {name: place for name, place in found.items() if any(place[0].glob('data/test/*.h*5'))}
+    if not there:
         raise ValueError(f'no dataset in {folder}')
-    fields(figure := canvas(width, height * len(rows) / len(found)), list(rows.values()))
-    return figure, [in_words(name) for name in found if name not in rows]
 
-PICTURES = {                                # (args, cells) -> (figure, what is not in it)
-    'targets': draw_targets, 'labels': draw_labels,
-    'systems': partial(draw_fields, row=trajectory, width=9.6, height=4.4),
-    'parameters': partial(draw_fields, row=extremes, width=9.2, height=5.6)}
+    # a row for each: its runs, and how tall it is
+    rows = []
+    for name, (root, system) in there.items():
+        files, names = files_by_labels(root)
+        pair = corners(files)[-1]
+        left = f'{in_words(name)}\n{{}}\n{values_of(system, names, pair)}'
+        rows.append((left, *read_example(files[pair], system.picture)))
+    tall = [np.clip(np.ptp(y) / np.ptp(x), 0.25, 1) for *_, x, y in rows]
+
+    # frames in the same colours at all times
+    figure = canvas(9.6, 4.4 * len(rows) / len(found))
+    axes = figure.subplots(len(rows), columns, height_ratios=tall, squeeze=False)
+    for row, (left, shown, field, time, x, y) in zip(axes, rows):
+        picked = np.linspace(0, len(shown) - 1, columns + 1).round().astype(int)[1:]     # t > 0
+        colors = limits(shown[picked], field)
+        for ax, i in zip(row, picked):
+            show(ax, x, y, shown[i], *colors)
+            ax.set_title(f't = {time[i]:.3g}', pad=4)
+        row[0].set_ylabel(left.format(field), rotation=0, ha='right', va='center')
+    return figure, [in_words(name) for name in found if name not in there]
+
+# (args, cells) -> (figure, what is not in it)
+PICTURES = {'targets': draw_targets, 'labels': draw_labels, 'systems': draw_systems}
 
 @script
 def main(argv=None):

@@ -1,15 +1,13 @@
 """
 Fine-tuning, eval.py --finetune: encoder and attentive head learn the parameters together.
 
-Two protocols: ours is AdamW with a gentle rate for the encoder and a cosine. `paper` is that of the
-paper's script for MPP: Adam, halved when the error on valid has not fallen for five epochs, and
-windows that are 4 frames apart. Both keep the epoch that was best on valid.
+Ours is AdamW with a gentle rate for the encoder and a cosine; `paper`, as its script for MPP, Adam,
+halved when the error on valid has not fallen for five epochs. Both keep the best epoch on valid.
 """
 import copy
 import math
 
 from common import FRAMES
-
 import torch
 
 import model as models

@@ -4,9 +4,9 @@ How far does an embedding carry?  python eval.py out/... --split test --generali
     labels    probes fitted to 1, 2, 5, .. 100% of the training runs, or of their windows, as the
               paper does (`--fractions windows`)
     values    probes fitted without some values of a parameter, and scored on these: every second
-              one (`between`), or the smallest and the largest (`outside`); and by other probes
-    inputs    probes fitted to clean fields, scored on fields with white noise, in units of a
-              channel's std, and on fields at half resolution
+              one (`between`), or the smallest and the largest (`outside`)
+    inputs    probes fitted to clean fields, scored on noisy ones, in units of a channel's std, and
+              on fields at half resolution
 
 Probes choose on valid, without the held-out values. The attentive one is fitted to the trained
 encoder alone, and not for `values`.
@@ -25,14 +25,12 @@ STEPS = 300                                             # at least, of the atten
 
 def spoilt(x, how, std, seeds):
     """Raw windows (B, C, T, H, W), spoilt as one of INPUTS, or as they are if `how` is ''.
-
     std: (C,), of the channels. seeds: of the noise, one for each window.
     """
     if how.startswith('noise'):
         noise = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed))
                              for seed in seeds])
         return x + float(how.split()[1]) * torch.as_tensor(std).view(-1, 1, 1, 1) * noise
-
     if how == 'half resolution':
         coarse = F.avg_pool2d(x.flatten(0, 1), 2)                        # (B * C, T, H / 2, W / 2)
         return F.interpolate(coarse, size=x.shape[3:], mode='bilinear').view_as(x)

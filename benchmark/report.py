@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 
 from common import option, parse, script, write_text
-
 import numpy as np
 
 import model as models

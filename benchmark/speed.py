@@ -6,16 +6,14 @@ the paper's on CUDA. FLOP are those of matrix products, convolutions and attenti
 multiplication with its addition, as they are executed: the zeros of DepthwiseConv3d count, too.
 They are compared with products of square matrices in the step's dtype. On CUDA convolutions are in
 TF32 and products in float32, so a convolution may be faster. Memory is the GPU's peak; on CPU it is
-that of this process so far. Last, DepthwiseConv3d is compared with PyTorch's own.
+that of this process so far.
 """
 import itertools
 import math
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 
 from common import machine, option, parse, peak_memory, pick_device, script
-
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
@@ -25,7 +23,7 @@ import model as models
 import train
 from baselines.disco import WELL
 from data import WINDOW
-from jepa import WIDTHS, DepthwiseConv3d
+from jepa import WIDTHS
 from systems import find_system
 
 LABELS = 2                  # of each system here
@@ -40,10 +38,9 @@ def seconds(function, repeats):
     return timer.timeit(repeats).mean
 
 # --- FLOP, from shapes
-
-def convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed,
-                         output_padding, groups, wanted, out_shape=None):
+def convolution_backward(grad, x, weight, bias, *settings, out_shape=None):
     """Each gradient that is wanted takes as many as forward; PyTorch 2.13 says `groups` times."""
+    _, _, _, transposed, _, _, wanted = settings
     points = math.prod((x if transposed else grad)[2:])
     return sum(wanted[:2]) * 2 * math.prod(weight) * grad[0] * points
 
@@ -67,7 +64,6 @@ def count(function):
     return counter.get_total_flops()
 
 # --- training steps
-
 def settings(name, device, *flags):
     """(Config, Options) of a model: nano's on CPU, the paper's on CUDA. flags: train.py's."""
     preset = 'paper' if device == 'cuda' else 'nano'
@@ -121,10 +117,9 @@ def measure(title, c, options, repeats):
     if c.device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     _, step = trainer(c, options)
-    flop, memory = count(step), peak_memory()
+    flop, memory = count(step), peak_memory()                            # and it warms up
     n = 8192 if c.device == 'cuda' else 1024
     square = torch.randn(n, n, device=c.device, dtype=getattr(torch, c.dtype))
-
     step_s, product_s = seconds(step, repeats), seconds(lambda: square @ square, repeats)
     rate, of_products = flop / step_s / 1e9, 2 * n**3 / product_s / 1e9
     return {'model': title, 'windows': c.batch, 'gflop_per_window': flop / c.batch / 1e9,
@@ -140,21 +135,6 @@ def cases(device):
         flags = models.DEFAULT, device, '--encoder', encoder, '--widths', ','.join(map(str, widths))
         yield f'{models.title(models.DEFAULT)}, {encoder}', *settings(*flags)
 
-def compare_convolutions(device):
-    """Times of DepthwiseConv3d and of PyTorch's own, both ways, in both memory layouts."""
-    layers = DepthwiseConv3d(16), torch.nn.Conv3d(16, 16, 7, padding=3, groups=16)
-
-    def run(layer, x):
-        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
-            y = layer(x)
-        y.backward(torch.ones_like(y))
-
-    for layout in torch.contiguous_format, torch.channels_last_3d:
-        x = torch.randn(8, 16, 16, 32, 32, device=device).to(memory_format=layout).requires_grad_()
-        ours_s, plain_s = [seconds(partial(run, layer.to(device), x), 5) for layer in layers]
-        print(f'7 x 7 x 7 on {tuple(x.shape)}, {layout}: PyTorch {plain_s * 1e3:.4g} ms, ours '
-              f'{ours_s * 1e3:.4g} ms, {plain_s / ours_s:.1f} times as fast')
-
 @script
 def main(argv=None):
     args, = parse(__doc__, Settings, argv)
@@ -166,7 +146,6 @@ def main(argv=None):
         print(f'{title:17} {f"{c.batch}x{H}x{W}":>10} {row["gflop_per_window"]:13.4g} '
               f'{row["windows_per_s"]:10.4g} {row["gflop_per_s"]:9.4g} '
               f'{row["share_of_matmul"]:10.0%} {row["memory_gb"]:6.2f}', flush=True)
-    compare_convolutions(device)
 
 if __name__ == '__main__':
     main()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 DEFAULT = 'active_matter'
 
-
 @dataclass
 class Preset:
     """A dataset that can be simulated."""
@@ -22,7 +21,6 @@ class Preset:
     about: str              # what --help says
     settings: dict = field(default_factory=dict)    # of the function that starts the solver
     domain: dict = field(default_factory=dict)      # its size, where it is not The Well's
-
 
 @dataclass
 class System:
@@ -76,11 +74,9 @@ class System:
                              f'{", ".join([*self.presets, "smoke"])}')
         return self.presets[name]
 
-
 def system_names():
     """Names of the systems that have a file here."""
     return ['active_matter', 'rayleigh_benard', 'shear_flow']
-
 
 def find_system(name):
     """The System of the file NAME.py in this folder. Raises ValueError if there is none."""

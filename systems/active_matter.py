@@ -25,7 +25,6 @@ from systems.numerics import column, periodic_wavenumbers, share_of_tail, to_gri
 BOX = 10.0                          # side of the periodic box, in rod lengths
 D_T, D_R, BETA = 0.05, 0.05, 0.8    # translational, rotational diffusion; density in the stress
 
-
 def bingham_table(degree=20):
     """Chebyshev coefficients (float64, variable x = 2 r^2 - 1) of h(r) = |m4| / (c r^2), r = |m|/c.
 
@@ -48,7 +47,6 @@ def bingham_table(degree=20):
         low, high = np.where(below, mid, low), np.where(below, high, mid)
     return np.polynomial.chebyshev.chebfit(x, moment(low, 2) / moment(low, 0) / r**2, degree)
 
-
 def fourth_moment(c, m, h=bingham_table().tolist()):
     """m4 = <exp(4i theta)> = h(|m|/c) m^2 / c, if c (real) and m (complex) are of a Bingham one."""
     q = m / c
@@ -58,14 +56,12 @@ def fourth_moment(c, m, h=bingham_table().tolist()):
         b1, b2 = a + 2 * x * b1 - b2, b1
     return c * (h[0] + x * b1 - b2) * q * q
 
-
 class ActiveMatter:
     """A batch of B runs on an N x N periodic grid, each with its own alpha and zeta, (B,).
 
     c: (B, N, N) real, m: (B, N, N) complex; the first grid axis is x. The stress depends on the
     strain rate: `sweeps` fixed-point iterations solve for it, each to a tenth of the error.
     """
-
     def __init__(self, alpha, zeta, c, m, dt, box=BOX, d_t=D_T, d_r=D_R, beta=BETA, sweeps=2):
         self.alpha, self.zeta = (column(v, c.dtype, c.device) for v in (alpha, zeta))
         self.beta, self.sweeps, self.dt, self.shape = beta, sweeps, dt, c.shape[1:]
@@ -153,7 +149,6 @@ class ActiveMatter:
         """Of |m|^2, beyond two thirds of the largest wavenumber kept along either axis: (B,)."""
         return share_of_tail(self.state[:, 1:], self.ikx.abs(), self.iky.abs())
 
-
 def active_matter_start(N, seed, dtype=torch.float32, device='cpu', modes=8, amplitude=0.05):
     """c = 1 and m = a few small random plane waves: (N, N), real and complex; one for a seed."""
     rng = np.random.default_rng(seed)
@@ -166,12 +161,10 @@ def active_matter_start(N, seed, dtype=torch.float32, device='cpu', modes=8, amp
     m = torch.tensor(m, device=device).to(dtype.to_complex())
     return torch.ones(N, N, dtype=dtype, device=device), m
 
-
 def solver(pairs, keys, p, device):
     """The solver of a batch: the parameters and the key [seed, split, pair, run] of each run."""
     c, m = zip(*(active_matter_start(p.grid[0], key, device=device) for key in keys))
     return ActiveMatter(*zip(*pairs), torch.stack(c), torch.stack(m), **p.settings, **p.domain)
-
 
 def statistics(f, grid):
     """Of the order |m| / c = sqrt((D_xx - D_yy)^2 + 4 D_xy^2) / c, the flow, and the power E:D."""
@@ -193,7 +186,6 @@ def statistics(f, grid):
                'order gradient': slope(order)}
     return values | {name: (value + 1e-8).log() for name, value in squares.items()}
 
-
 PAIRS = [(float(alpha), float(zeta)) for alpha in (-1, -2, -3, -4, -5) for zeta in range(1, 18, 2)]
 SYSTEM = System(
     periodic=(True, True), symmetries=tuple(range(8)), symbols={'alpha': 'α', 'zeta': 'ζ'},
@@ -203,10 +195,9 @@ SYSTEM = System(
     axes=lambda nx, ny, box=BOX: [np.arange(n) * box / n for n in (nx, ny)],
     file='active_matter_L_{L}_zeta_{zeta}_alpha_{alpha}.hdf5',
     presets={
-        'nano': Preset(
+        'nano': Preset(                                     # milder, for the coarse grid
             (64, 64), 81, PAIRS, dict(train=3, valid=1, test=1), 9,
-            '64 x 64, 81 frames, 45 pairs, 225 runs, in a box of 5 with a translational diffusion '
-            'of 0.14, milder for the coarse grid: 3.3 GB, 2.6 minutes on 2 cores',
+            '64 x 64, 81 frames, 45 pairs, 225 runs: 3.3 GB, 2.6 minutes on 2 cores',
             dict(dt=0.25 / 12, d_t=0.14, sweeps=1), dict(box=5.0)),
         'well': Preset(
             (256, 256), 81, PAIRS, dict(train=3, valid=1, test=1), 3, settings=dict(dt=0.005),

@@ -10,11 +10,9 @@ from math import ceil
 import numpy as np
 import torch
 
-
 def column(values, dtype, device):
     """One number for each run, (B,), as a tensor (B, 1, 1) that broadcasts over its grid."""
     return torch.as_tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
-
 
 def periodic_wavenumbers(shape, lengths, like):
     """kx (Nx, 1), ky (1, Ny/2+1) of rfft2, as `like`; and 1 where the 2/3 rule keeps a mode."""
@@ -23,11 +21,9 @@ def periodic_wavenumbers(shape, lengths, like):
     ky = like.new_tensor(2 * np.pi / LY * np.arange(Ny // 2 + 1)).view(1, -1)
     return kx, ky, ((kx.abs() < kx.abs().max() * 2 / 3) & (ky < ky.max() * 2 / 3)).to(like.dtype)
 
-
 def to_grid(f, shape):
     """Inverse of rfft2, (..., Nx, Ny/2+1) -> (..., Nx, Ny). One flat batch is twice as fast."""
     return torch.fft.irfft2(f.flatten(0, -3), s=shape).view(*f.shape[:-2], *shape)
-
 
 def share_of_tail(f, kx, ky):
     """Share of the sum of |f|^2, f (B, C, Nx, Ny/2+1), beyond 2/3 of the largest kx or ky: (B,)."""
@@ -37,14 +33,12 @@ def share_of_tail(f, kx, ky):
     outer = (kx > kx.max() * 2 / 3) | (ky > ky.max() * 2 / 3)
     return (energy * outer).sum((1, 2, 3)) / energy.sum((1, 2, 3)).clamp(min=1e-30)
 
-
 class ExponentialSolver:
     """q' = linear q + tendency(q), `linear` real and diagonal, by exponential time differencing.
 
     ETDRK4 of Cox and Matthews, J. Comput. Phys. 176, 2002: stable to a rate * dt of about 2.8. A
     solver has `state`, `linear`, `tendency(state)` and `rate()`, largest wavenumber times speed.
     """
-
     LIMIT = 2.0
     schedule = None                                 # (duration, steps) of the present coefficients
 
@@ -84,15 +78,12 @@ class ExponentialSolver:
         n3 = N(self.half_decay * a + self.half * (2 * n2 - n0))
         self.state = self.decay * q + self.first * n0 + self.middle * (n1 + n2) + self.last * n3
 
-
 # --- statistics: what a physicist would compute before training anything
-
 class Grid:
     """Derivatives and means of fields (B, T, H, W) on points x (H,), y (W,), with frames dt apart.
 
     Differences are central. Means are over the area; cells reach half way to the next points.
     """
-
     def __init__(self, x, y, dt):
         self.points, self.dt = [torch.as_tensor(v, dtype=torch.float32) for v in (x, y)], float(dt)
         self.area = torch.outer(*(torch.gradient(v)[0] for v in self.points))
@@ -115,7 +106,6 @@ class Grid:
 
     def change(self, *fields):              # mean square of the rates: (B,)
         return self.mean_square(*map(self.rate, fields))
-
 
 def fluid_statistics(u, v, s, power, grid):
     """Of a flow (u, v) with a scalar s, (B, T, H, W) each, driven by power (B,): {name: (B,) log}.

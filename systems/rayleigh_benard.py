@@ -13,11 +13,9 @@ from numpy.polynomial import legendre
 from systems import Preset, System
 from systems.numerics import ExponentialSolver, column, fluid_statistics
 
-
 def legendre_basis(series, y):
     """Legendre series (degree + 1, n) in 2y - 1 -> values, slopes, curvatures at y, (len(y), n)."""
     return [2.0**d * legendre.legval(2 * y - 1, legendre.legder(series, d)).T for d in range(3)]
-
 
 def decay_modes(mass, stiffness):
     """Eigenvalues (n,), vectors (n, n), orthonormal under mass, of stiffness a = value mass a."""
@@ -25,7 +23,6 @@ def decay_modes(mass, stiffness):
     c = np.linalg.inv(np.linalg.cholesky(scale @ stiffness @ scale)) @ scale
     inverse, vectors = np.linalg.eigh(c @ mass @ c.T)       # 1 / eigenvalue: slow modes are precise
     return 1 / inverse, c.T @ vectors / np.sqrt(inverse)
-
 
 class RayleighBenard(ExponentialSolver):
     """rayleigh, prandtl: (B,). b: (B, Nx, Ny), the buoyancy at the start, on Chebyshev nodes in y.
@@ -35,7 +32,6 @@ class RayleighBenard(ExponentialSolver):
     state is their amplitudes, `linear` their rates. The flow u = psi_y, v = -psi_x and the test
     functions are incompressible: pressure drops out. Products are formed on 3/2 as many points.
     """
-
     def __init__(self, rayleigh, prandtl, b):
         B, Nx, Ny = b.shape
         K, Q = Nx // 2, 3 * Ny // 2
@@ -164,7 +160,6 @@ class RayleighBenard(ExponentialSolver):
         return torch.maximum(*((e * outer).sum((1, 2)) / e.sum((1, 2)).clamp(min=1e-30)
                                for e in (u + v, b)))
 
-
 def apply(matrix, x):
     """A real matrix (a, n), or one a wavenumber (K, a, n), times complex x (B, K, n): (B, K, a)."""
     B, K, n = x.shape
@@ -176,11 +171,9 @@ def apply(matrix, x):
     y = (matrix @ columns).view(K, -1, B, 2).permute(2, 0, 1, 3)
     return torch.view_as_complex(y.contiguous())
 
-
 def chebyshev_nodes(n):
     """The n Chebyshev-Gauss nodes in (0, 1), ascending."""
     return (1 - np.cos(np.pi * (np.arange(n) + 0.5) / n)) / 2
-
 
 def rayleigh_benard_start(Nx, Ny, db, seed, noise=1e-3, dtype=torch.float32, device='cpu'):
     """Buoyancy (Nx, Ny): (1 - y) db + y (1 - y) times smooth noise, which is alike on all grids."""
@@ -191,7 +184,6 @@ def rayleigh_benard_start(Nx, Ny, db, seed, noise=1e-3, dtype=torch.float32, dev
     b = (1 - y) * db + y * (1 - y) * noise * wave / np.sqrt(12)         # 48 terms of variance 1/4
     return torch.tensor(b, dtype=dtype, device=device)
 
-
 def solver(pairs, keys, p, device):
     """The solver of a batch: the parameters and the key [seed, split, pair, run] of each run."""
     starts = []
@@ -201,12 +193,10 @@ def solver(pairs, keys, p, device):
                                             p.settings['noise'], device=device))
     return RayleighBenard(*zip(*pairs), torch.stack(starts))
 
-
 def statistics(f, grid):
     """Of the flow and its buoyancy b, which puts in the power <v b>."""
     v, b = f['velocity_y'], f['buoyancy']
     return fluid_statistics(f['velocity_x'], v, b, grid.mean(v * b), grid)
-
 
 PRANDTL = 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0
 SYSTEM = System(

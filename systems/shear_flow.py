@@ -15,13 +15,11 @@ from systems import Preset, System
 from systems.numerics import (ExponentialSolver, column, fluid_statistics, periodic_wavenumbers,
                               share_of_tail, to_grid)
 
-
 class ShearFlow(ExponentialSolver):
     """reynolds, schmidt: (B,). velocity: (B, 2, Nx, Ny), made divergence free. tracer: (B, Nx, Ny).
 
     The state is vorticity w = v_x - u_y and tracer in Fourier space, by the 2/3 rule.
     """
-
     def __init__(self, reynolds, schmidt, velocity, tracer):
         self.shape = tracer.shape[1:]
         kx, ky, keep = periodic_wavenumbers(self.shape, (1.0, 2.0), tracer)
@@ -67,7 +65,6 @@ class ShearFlow(ExponentialSolver):
         return torch.maximum(*(share_of_tail(f, self.ikx.abs(), self.iky.abs())
                                for f in (flow, tracer)))
 
-
 def shear_flow_start(Nx, Ny, n_shear, n_blobs, width, dtype=torch.float32, device='cpu'):
     """Velocity (2, Nx, Ny) and tracer (Nx, Ny) of The Well: tanh shears, sines to roll them up."""
     x = torch.arange(Nx, dtype=torch.float64)[:, None] / Nx
@@ -79,7 +76,6 @@ def shear_flow_start(Nx, Ny, n_shear, n_blobs, width, dtype=torch.float32, devic
         u = u + sign / 2 * torch.tanh(q / 0.1)
         v = v + 0.1 * torch.sin(sign * n_blobs * np.pi * x) * torch.exp(-q**2 / 0.01)
     return torch.stack([u, v]).to(device, dtype), u.to(device, dtype)
-
 
 def random_start(Nx, Ny, seed, layers, jumps, widths, blobs, waves, device='cpu'):
     """As `shear_flow_start`, in float32, with layers at random, whose jumps add up to zero.
@@ -109,7 +105,6 @@ def random_start(Nx, Ny, seed, layers, jumps, widths, blobs, waves, device='cpu'
     u, v = (torch.tensor(f - f.mean(), dtype=torch.float32, device=device) for f in (u, v))
     return torch.stack([u, v]), u
 
-
 def solver(pairs, keys, p, device):
     """The solver of a batch: the parameters and the key [seed, split, pair, run] of each run."""
     fine = [n * p.settings['refine'] for n in p.grid]
@@ -128,12 +123,10 @@ def solver(pairs, keys, p, device):
     velocity, tracer = zip(*starts)
     return ShearFlow(*zip(*pairs), torch.stack(velocity), torch.stack(tracer))
 
-
 def statistics(f, grid):
     """Of the flow and its tracer; nothing drives it."""
     u = f['velocity_x']
     return fluid_statistics(u, f['velocity_y'], f['tracer'], u.new_zeros(len(u)), grid)
-
 
 SCHMIDT = 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0
 SYSTEM = System(
@@ -148,10 +141,9 @@ SYSTEM = System(
         'nano': Preset(
             (48, 96), 80, [(r, s) for s in SCHMIDT for r in (80.0, 160.0, 320.0, 640.0)],
             dict(train=3, valid=1, test=1), 7,
-            '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs at Reynolds 80 to 640, 140 runs, '
-            'each of four layers at places of its own: 0.8 GB, 3 minutes on 2 cores', dict(
-                refine=2, layers=4, jumps=(0.4, 1.2), widths=(0.1, 0.2), blobs=(0.05, 0.15),
-                waves=0.1)),
+            '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs, 140 runs: 0.8 GB, 3 minutes',
+            dict(refine=2, layers=4, jumps=(0.4, 1.2), widths=(0.1, 0.2), blobs=(0.05, 0.15),
+                 waves=0.1)),
         'well': Preset(
             (256, 512), 200, [(r, s) for s in SCHMIDT for r in (1e4, 5e4, 1e5, 5e5)],
             dict(train=32, valid=4, test=4), 1,

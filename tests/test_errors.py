@@ -77,7 +77,6 @@ def test_damaged_data_is_refused(tmp_path, damage):
     ('simulate.py active_matter --seed -1', '--seed must be at least 0'),
     ('simulate.py shear_flow --preset macro', 'macro'),
     ('plot.py nowhere', 'nowhere'),
-    ('plot.py --embeddings file', 'file'),
     ('simulate.py active_matter --data-dir file', 'file'),
     ('simulate.py active_matter', 'choose another --data-dir'),          # ./data holds somebody else's
     ('eval.py nowhere.pt', 'nowhere.pt'),

@@ -116,22 +116,19 @@ def test_corners():
     assert plot.corners(grid) == [(-3.0, 1.0), (-1.0, 1.0), (-1.0, 9.0)]
     assert plot.corners({(1.0, 2.0): '', (2.0, 1.0): '', (3.0, 3.0): ''}) == [(3.0, 3.0)]
     assert plot.corners({(1.0, 2.0): '', (2.0, 1.0): ''}) == [(1.0, 2.0), (2.0, 1.0)]
-    assert figures.span(0.000598, 0.9994) == '0 to 1' and figures.span(-5.06e-5, 5.06e-5) == '-5e-05 to 5e-05'
 
 
-def test_runs_are_shown_at_the_values_they_are_labelled_with(tmp_path):
+def test_runs_are_shown_at_the_values_they_are_labelled_with(tmp_path, monkeypatch):
     root, system = make_published(tmp_path), find_system('active_matter')
-    left, x, y, frames = figures.trajectory('active_matter', system, root)
+    drawn = []
+    monkeypatch.setattr(figures, 'show', lambda ax, x, y, frame, *colors: drawn.append((len(x), len(y), frame, colors)))
+    figure, absent = figures.draw_systems(figures.Settings(data_dir=str(tmp_path)), {})
     path = next(path for path in files_of(root, 'test') if 'alpha_-1.0' in path.name)
     shown, _, _, _, _ = plot.read_example(path, system.picture)
-    assert left == 'active matter\n|velocity|\nα = -1' and len(x) == len(y) == 16
-    assert [frame[0] for frame in frames] == ['t = 8', 't = 16', 't = 23', 't = 31', 't = 39']
-    assert all(np.array_equal(frame[2], shown[t]) for frame, t in zip(frames, (8, 16, 23, 31, 39)))
-    left, _, _, frames = figures.extremes('active_matter', system, root)
-    assert left.endswith('t = 29') and [frame[0] for frame in frames] == ['α = -5', 'α = -1']
-    assert np.array_equal(frames[1][2], shown[29]) and all(frame[1].startswith('0 to ') for frame in frames)
-    figures.fields(figure := plot.canvas(9, 4), [(left, x, y, frames), (left, x, y, frames[:1])])
-    assert [len(ax.collections) for ax in figure.axes] == [1, 1, 1, 0]
+    assert figure.axes[0].get_ylabel() == 'active matter\n|velocity|\nα = -1' and drawn[0][:2] == (16, 16)
+    assert [ax.get_title() for ax in figure.axes] == ['t = 8', 't = 16', 't = 23', 't = 31', 't = 39']
+    assert all(np.array_equal(frame, shown[t]) for (_, _, frame, _), t in zip(drawn, (8, 16, 23, 31, 39)))
+    assert len({colors for *_, colors in drawn}) == 1 and absent == ['rayleigh benard', 'shear flow']
 
 
 def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
@@ -142,7 +139,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     figures.main(['--results', str(folder)])
     *saved, left_out = capsys.readouterr().out.splitlines()
     drawn = {path.name for path in (tmp_path / 'figures').iterdir()}
-    assert drawn == {f'{name}.png' for name in ('targets', 'labels', 'systems', 'parameters')}
+    assert drawn == {f'{name}.png' for name in ('targets', 'labels', 'systems')}
     assert len(saved) == len(drawn) and left_out.startswith('left out: rayleigh benard in labels.png; ')
     assert 'rayleigh benard, shear flow in systems.png' in left_out
     for file in folder.glob('*jepa*'):

@@ -82,9 +82,7 @@ def test_a_dataset_needs_no_file(tmp_path):
     result = json.loads((tmp_path / 'out/a/eval.json').read_text())
     assert list(result['rows']) == ['JEPA', 'random init', 'predict the mean'] and result['labels'] == ['F', 'k']
     run('plot.py', 'out/a', '--out', 'pictures', cwd=tmp_path)
-    run('plot.py', '--embeddings', 'kept.npz', '--out', 'pictures', cwd=tmp_path)
-    assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png',
-                                                                  'embeddings.png'}
+    assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png'}
     kept = np.load(tmp_path / 'kept.npz')
     assert kept['embedding'].shape == (24, 8) and kept['labels'].shape == (24, 2)
     assert kept['label_names'].tolist() == ['F', 'k'] and set(kept['labels'][:, 0].round(3)) == {0.014, 0.058}

@@ -88,13 +88,12 @@ def test_fields_that_are_no_squares_are_counted_as_they_are():
 
 
 def test_what_is_printed(monkeypatch, capsys):
-    """The table of steps, and the convolution in both memory layouts."""
+    """The table of steps."""
     monkeypatch.setattr(speed, 'cases', lambda device: [('V-JEPA', *speed.settings(
         'vjepa', device, *MODELS['vjepa'], '--batch', 4, '--micro-batch', 4))])
-    times = iter((2.0, 1.0, 1.0, 2.0, 1.0, 2.0))                         # step, product, ours, PyTorch's, ..
+    times = iter((2.0, 1.0))                                             # step, product
     monkeypatch.setattr(speed, 'seconds', lambda function, repeats: next(times))
     speed.main(['--device', 'cpu'])
     said = capsys.readouterr().out.splitlines()
     row = next(line for line in said if line.startswith('V-JEPA')).split()
     assert row[1] == '4x32x32' and float(row[3]) == 2 and row[5].endswith('%') and len(row) == 7
-    assert ['2.0 times as fast' in line for line in said[-2:]] == [True, True]

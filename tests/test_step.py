@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import train
-from helpers import BASE, CHANNELS, MODELS, NANO, RIVALS, STEPS, TINY, losses, run
+from helpers import BASE, CHANNELS, MODELS, NANO, RIVALS, STEPS, TINY, run
 from model import Inputs, build_model, recompute_blocks
 
 AHEAD = {'jepa': TINY, 'nano': NANO, 'ema': [*NANO, '--target', 'ema'], 'sigreg': [*NANO, '--loss', 'sigreg'],

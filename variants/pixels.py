@@ -20,13 +20,11 @@ from videomae import normalized_pixels, patchify
 TITLE = 'pixels'
 ANY_SIZE = True             # a convolution takes fields of any size
 
-
 @dataclass
 class Options(EncoderOptions):
     patch: int = option(8, 'side of a patch, two frames long, in which pixels are normalised')
     decoder_width: int = option(128, 'width of the decoder')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
-
 
 PRESETS = {                 # nano: encoder and learning rate of jepa.py's
     'paper': dict(patch=16, noise=0.0),
@@ -34,7 +32,6 @@ PRESETS = {                 # nano: encoder and learning rate of jepa.py's
                  views='paired', residual=True, lr=3e-3),
     ('nano', 'shear_flow'): dict(rate=32.0), ('nano', 'rayleigh_benard'): dict(rate=32.0),
 }
-
 
 def check(options, inputs):
     """Raise ValueError if the options do not fit together, or not the fields and views."""
@@ -45,14 +42,11 @@ def check(options, inputs):
     if not inputs.paired:
         raise ValueError(f'{TITLE} predicts the next frame at its place: it takes --views paired')
 
-
 def build(options, inputs):
     return Pixels(len(inputs.channels), **vars(options))
 
-
 class Decoder(nn.Module):
     """Embeddings (B, D, h, w) -> patches (B, 8 * h * k * w * k, outputs), in order t, y, x."""
-
     def __init__(self, dim, width, patch, outputs):
         super().__init__()
         self.k = 16 // patch                                             # patches along a token
@@ -66,10 +60,8 @@ class Decoder(nn.Module):
         x = x[:, None, :, None, :, None] + self.place[:, None, :, None]  # (B, 8, h, k, w, k, width)
         return self.mix(x).flatten(1, 5)
 
-
 class Pixels(nn.Module):
     """Encoder, predictor, decoder: forward(context, target) -> {'loss'}. settings: of Options."""
-
     def __init__(self, channels, **settings):
         super().__init__()
         o = Options(**settings)

@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def jets(x, rate=8.0):
     """Values, rates and gradients of (B, C, T, H, W) -> (B, 4C, T/4, H/4, W/4).
 
@@ -33,14 +32,12 @@ def jets(x, rate=8.0):
     along_y = mean(mean(change(x, 7), 5), 3)
     return torch.cat([value, along_t, along_x, along_y], 1)
 
-
 class SmallEncoder(nn.Module):
     """(B, channels, 16, H, W) fields -> (B, widths[-1], H/16, W/16) embedding.
 
     Products of fields, rates and gradients; by how much they exceed thresholds, here and over a
     coarser neighbourhood; and a network of their means. widths: of these three, of the embedding.
     """
-
     def __init__(self, channels, widths=(64, 64, 64, 32), rate=8.0):
         super().__init__()
         self.rate = rate

@@ -27,7 +27,6 @@ TUBELET = 2                              # frames of a patch
 SHORT, LONG = (8, 0.15), (2, 0.70)       # two block masks: number of blocks, share of each
 DISTANCES = {'l1': F.l1_loss, 'smooth-l1': F.smooth_l1_loss, 'l2': F.mse_loss}
 
-
 @dataclass
 class Options(ViTOptions):
     masks: str = option('block', 'hide block: rectangles; random: places; temporal: last frames')
@@ -38,13 +37,11 @@ class Options(ViTOptions):
     momentum: tuple = option((0.996, 1.0), "the teacher's, at the start and, linearly, at the end")
     vicreg: float = option(0.0, 'weight of 25 variance + 1 covariance term of the visible tokens')
 
-
 PRESETS = {
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4),
     'nano': dict(size='nano', patch=8, predictor_width=64, predictor_depth=2, mask_ratio=0.75,
                  vicreg=0.01, batch=8, micro_batch=8, steps=9600, lr=7e-4, warmup_epochs=0.3),
 }
-
 
 def check(options, inputs):
     """Raise ValueError if the options do not fit together, or not the fields of inputs.size."""
@@ -60,17 +57,14 @@ def check(options, inputs):
     grid = FRAMES // TUBELET, *(side // options.patch for side in inputs.size)
     MASKS[options.masks](1, grid, options.mask_ratio, torch.Generator().manual_seed(0))
 
-
 def build(options, inputs):
     return VJEPA(len(inputs.channels), **vars(options))
-
 
 # --- lists of masks (2, batch, N), true where a token is hidden, N in order of the grid (t, h, w)
 def random_masks(batch, grid, ratio, generator):
     """VideoMAE's tubes: the same random places in all frames. One mask."""
     slots, h, w = grid
     return [tube_masks(batch, h * w, ratio, generator).view(2, batch, -1).repeat(1, 1, slots)]
-
 
 def temporal_masks(batch, grid, ratio, generator):
     """The last frames, everywhere. One mask."""
@@ -81,14 +75,11 @@ def temporal_masks(batch, grid, ratio, generator):
                          f'hidden and some visible')
     return [(torch.arange(slots) >= slots - hidden).repeat_interleave(h * w).repeat(2, batch, 1)]
 
-
 def block_masks(batch, grid, ratio, generator):
     """V-JEPA's two: in all frames, the union of some blocks of places. `ratio` plays no part."""
     return [union_of_blocks(batch, grid, *kind, generator) for kind in (SHORT, LONG)]
 
-
 MASKS = {'block': block_masks, 'random': random_masks, 'temporal': temporal_masks}
-
 
 def union_of_blocks(batch, grid, blocks, share, generator):
     """Tubes over `blocks` rectangles, each of about a `share` of the places: (2, batch, N)."""
@@ -109,7 +100,6 @@ def union_of_blocks(batch, grid, blocks, share, generator):
         hidden[full] = ((y >= top) & (y < top + h) & (x >= left) & (x < left + w)).any(1)
     return hidden.view(2, batch, H * W).repeat(1, 1, slots)
 
-
 def block_size(H, W, share, aspect):
     """(h, w) of a block of about `share` of H x W places, h / w about `aspect`; never the whole."""
     area = int(share * H * W)
@@ -119,7 +109,6 @@ def block_size(H, W, share, aspect):
         return (h - 1, w) if H > 1 else (h, w - 1)
     return h, w
 
-
 def visible_and_hidden(mask, generator):
     """mask (2, batch, N) -> indices, ascending: (2, batch, n visible), (2, batch, m hidden)."""
     # a random order, visible tokens first; a clip with more than the least n or m loses the rest
@@ -127,10 +116,8 @@ def visible_and_hidden(mask, generator):
     n, m = (~mask).sum(-1).min(), mask.sum(-1).min()
     return order[..., :n].sort(-1)[0], order[..., mask.shape[-1] - m:].sort(-1)[0]
 
-
 class Predictor(nn.Module):
     """Visible tokens (B, n, dim), and a mask token at each hidden place -> those (B, m, dim)."""
-
     def __init__(self, dim, width, depth, heads):
         super().__init__()
         self.embed = nn.Linear(dim, width)
@@ -142,10 +129,8 @@ class Predictor(nn.Module):
         x = torch.cat([self.embed(z) + position[visible], self.mask_token + position[hidden]], 1)
         return self.decoder(x, hidden.shape[1])
 
-
 class VJEPA(nn.Module):
     """Encoder, teacher, predictor. forward(context, target) -> {'loss', 'error', 'std', 'cov'}."""
-
     def __init__(self, channels, **settings):
         super().__init__()
         o = self.options = Options(**settings)
