@@ -29,6 +29,7 @@ torch.backends.cuda.matmul.allow_tf32 = False                  # convolutions al
 FRAMES = 16                 # frames of context, and as many of target
 WINDOW = 2 * FRAMES
 SPLITS = 'train', 'valid', 'test'
+SMOKE_DATA = 'data/smoke'   # apart: nobody should find them in place of real data
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD = int(os.environ.get('WORLD_SIZE', 1))                   # torchrun sets all three
 
@@ -123,7 +124,7 @@ def script(main):
             main(*args)
             end_ranks()
         except Exception as e:                                 # what a user can mend: no traceback
-            if RANK > 0:                                       # rank 0 says it, if it can
+            if RANK > 0 or WORLD > 1 and isinstance(e, RuntimeError):    # another rank says why
                 time.sleep(10)
             if not isinstance(e, (ValueError, OSError, FloatingPointError)):
                 raise
@@ -233,7 +234,7 @@ def start_ranks(device, backend='gloo'):
 
 def end_ranks():
     """Leave the other ranks: a process that ends without it may abort after its work is done."""
-    if dist.is_initialized():
+    if WORLD > 1 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
@@ -269,7 +270,11 @@ def gather_on_rank_0(value):
 # --- files
 def data_folder(flag, of_run=''):
     """The flag's folder of datasets, else $THE_WELL_DATA_DIR, else that of a run, else data."""
-    return Path(flag or os.environ.get('THE_WELL_DATA_DIR') or of_run or 'data')
+    variable = '' if str(of_run) == SMOKE_DATA else os.environ.get('THE_WELL_DATA_DIR')
+    folder = flag or variable or of_run or 'data'
+    if '://' in str(folder):
+        raise ValueError(f'URLs are gone, as {folder}: the-well-download, then --data-dir')
+    return Path(folder)
 
 def write_bytes(path, content):
     """A file that is complete or not there at all."""

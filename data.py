@@ -155,13 +155,13 @@ def describe_file(path, crop, resolution):
             points.append((x[i] + (at - i) * (x[following] - x[i])).tolist())
         time = np.asarray(dims.get('time', [0.0, 1.0]), float).ravel()
         return {'channels': list(channels), 'scalars': scalars, 'cut': cut, 'size': size,
-                'shape': [runs, len(channels), frames, *stored],
+                'shape': [runs, len(channels), frames, *stored], 'file': [frames, *grid],
                 'grid': [*points, float(time[1] - time[0])]}      # x, y, time step
 
 def cache_file(path, about, target):
     """Write a file's runs to <target>.npy; `about` and the sums of each channel to <target>.json.
     Raises ValueError for NaN, infinity and what cannot be read; nothing is left then."""
-    part = Path(f'{target}.{os.getpid()}.part')
+    part = Path(f'{target}.{os.urandom(4).hex()}.part')
     f, channels, _, _ = open_well_file(path)
     sums = np.zeros((len(channels), 2))                        # of values, of their squares
     try:
@@ -216,7 +216,7 @@ def find_cache(files, crop, resolution, folder, processes=1, progress=True):
 
     # are they alike?
     for file, a in zip(files, about):
-        if (a['channels'], a['shape'][2:]) != (about[0]['channels'], about[0]['shape'][2:]):
+        if (a['channels'], a['file']) != (about[0]['channels'], about[0]['file']):
             raise ValueError(f'{file} has other channels or another shape than {files[0]}')
     if not missing:
         return list(zip(targets, about))
@@ -251,7 +251,7 @@ def find_cache(files, crop, resolution, folder, processes=1, progress=True):
 def cache_in_parallel(jobs, processes, bar):
     """cache_file(*job) of each job, in so many processes of their own."""
     spawn = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs), 8), spawn) as pool:
         futures = [pool.submit(cache_file, *job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):

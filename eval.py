@@ -226,7 +226,7 @@ def probe_row(run, args, splits, fit, trained):
     return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
 def evaluate_row(run, args, title):
-    """({title: row}, {title: what --generalize finds}, tokens by split), None on ranks but 0, of
+    """({title: row}, {title: what --generalize finds}, mean tokens), None on ranks but 0, of
     run.name, the trained encoder; 'random init'; or 'field statistics', by the linear probe."""
     trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
     if by_hand and run.system.statistics is None:
@@ -254,7 +254,7 @@ def evaluate_row(run, args, title):
     fit = partial(fit_probes, args=args, title=title, mlp_ratio=run.mlp_ratio, seed=run.probe_seed,
                   device=run.device, ridge=by_hand, **protocol)
     row, carried = probe_row(run, args, splits, fit, trained)
-    rows = {title: row}
+    rows = {title: row}                                        # of the table
     # fine-tune: encoder and head together
     if args.finetune and not by_hand:
         with Progress(finetune.epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
@@ -262,8 +262,10 @@ def evaluate_row(run, args, title):
                 run, run.model(run.device, trained), args.finetune, args.batch, args.finetune_lr,
                 run.mlp_ratio, args.split, run.device, bar.update)
         how = 'fine-tuned as in the paper' if args.finetune == 'paper' else 'fine-tuned'
+
         rows[f'{title}, {how}'] = {'attentive': estimates}
-    return rows, {title: carried}, splits
+    means = {name: probe.mean_tokens(x) for name, (x, _) in splits.items()}
+    return rows, {title: carried}, means
 
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
@@ -322,7 +324,7 @@ def result_of(run, args, found):
     if published and not run.c.supervised and not read_recipe(run.root):          # of real data
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
     # the trained encoder, in numbers
-    means = probe.mean_tokens(found[0][2]['train'][0])
+    means = found[0][2]['train']                               # (n, D)
     rank = models.embedding_health(means)['embedding_rank']
     head = probe.AttentiveProbe(means.shape[1], len(run.labels), run.mlp_ratio)
     parameters = {'encoder': models.count_parameters(run.model('cpu', trained=False))[0],
@@ -372,13 +374,13 @@ def score(rows, targets, runs, labels):
             by_run[name][p] = [round(e[runs == r].mean().item(), 6) for r in np.unique(runs)]
     return scores, by_run
 
-def save_embeddings(path, run, tokens):
+def save_embeddings(path, run, means):
     """An npz of every probed window: mean token, labels, run, frame, file and split."""
     parts = []
     for name, split in run.splits.items():
         which, frames = run.windows[name].T
         parts.append({
-            'embedding': probe.mean_tokens(tokens[name][0]).float().numpy(),
+            'embedding': means[name].float().numpy(),
             'labels': np.stack([split.scalars[k] for k in run.labels], 1)[which],
             'run': which, 'frame': frames, 'split': np.full(len(which), name),
             'filename': np.array([r['file'] for r in split.runs])[which]})

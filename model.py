@@ -19,7 +19,7 @@ keeps the last embedding, detached, as self.embedding, for the log. It may have
                     value}}; ANY_SIZE, true if larger fields than in training need no tiles;
                     check(options, inputs), which raises ValueError for what will not do;
                     load_published(network, path); classes called Block, for --recompute
-    in the network  after_step(share of steps done), after each step (a teacher moves here);
+    in the network  encoder.dim, for --supervised; after_step(share of steps done), after each step;
                     undecayed(name, parameter), true for what weight decay leaves alone
 """
 import dataclasses

@@ -78,7 +78,6 @@ class AttentiveProbe(nn.Module):
         logits = x @ (key * query).sum(1).T * size**-0.5                 # (B, N, heads)
         mean = logits.softmax(1).transpose(1, 2) @ x                     # (B, heads, D)
         attended = value @ mean[..., None] + value_bias                  # (B, heads, size, 1)
-        # the MLP
         x = self.query[:, 0] + self.drop(attended.reshape(B, D))
         return x + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x))))))
 

@@ -72,7 +72,6 @@ def write_well_file(path, name, pair, fields, domain={}):
         f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
 
-        # coordinates
         g = f.create_group('dimensions')
         g.attrs['spatial_dims'] = ['x', 'y']
         dataset(g, 'time', np.arange(T) * system.dt_save)
@@ -80,7 +79,6 @@ def write_well_file(path, name, pair, fields, domain={}):
         for axis, points in zip('xy', system.axes(nx, ny, **domain)):
             dataset(g, axis, points)
 
-        # boundaries
         g = f.create_group('boundary_conditions')
         for axis, n, periodic in zip('xy', (nx, ny), system.periodic):
             kind, nothing = 'periodic' if periodic else 'wall', np.array([], h5py.string_dtype())
@@ -90,7 +88,6 @@ def write_well_file(path, name, pair, fields, domain={}):
             # it is the first and the last point, with zeros
             b.create_dataset('mask', data=np.isin(np.arange(n), [0, n - 1]))
             b.create_dataset('values', data=np.zeros(2, np.float32))
-        # parameters
         g = f.create_group('scalars')
         g.attrs['field_names'] = list(scalars)
         for name, value in scalars.items():

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from common import (FRAMES, LOCAL_RANK, RANK, WORLD, Parser, Progress, as_text, at_least,
-                    data_folder, from_rank_0, git_hash, one_rank_first, option, peak_memory,
-                    pick_device, prefetch, say, script, start_ranks, write_tensors, write_text)
+from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, WORLD, Parser, Progress, as_text,
+                    at_least, data_folder, from_rank_0, git_hash, one_rank_first, option,
+                    peak_memory, pick_device, prefetch, read_tensors, say, script, start_ranks,
+                    write_tensors, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -95,10 +96,10 @@ def parse(argv, description):
     first.add_dataclass(Config)
     early = Config(**vars(first.parse_known_args(argv)[0]))
     module = models.find_model(early.model)
-    folder = data_folder(early.data_dir, 'data/smoke' if early.preset == 'smoke' else '')
+    folder = data_folder(early.data_dir, SMOKE_DATA if early.preset == 'smoke' else '')
     root, system, simulated = find_dataset(early.data, folder)
     files = sorted(root.glob('data/*/*.h*5'))
-    if not files:
+    if not files and not simulated:
         simulated = 'smoke' if early.preset == 'smoke' else 'nano'       # as it will be
     made_for = simulated if simulated in ('nano', 'smoke') else 'paper'
     preset = made_for if early.preset == 'auto' else early.preset
@@ -169,7 +170,6 @@ def complete(c):
     if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
         raise ValueError(f'--label-fraction is in (0, 1], for --supervised: not {c.label_fraction}')
 
-    # the machine
     c.device = pick_device(c.device)
     if c.dtype == 'auto':
         bfloat16 = c.device == 'cuda' and torch.cuda.is_bf16_supported()
@@ -207,7 +207,7 @@ def open_data(c):
         if RANK == 0 and not recipe and not any(root.glob('data/*/*.h*5')):
             recipe = {'preset': 'smoke' if c.preset == 'smoke' else 'nano', 'seed': c.seed}
             say(f'No {c.data} dataset in {root.parent}: simulating one (see simulate.py --help).')
-        if RANK == 0 and recipe:
+        if RANK == 0 and recipe and system.presets:
             simulate.make_dataset(c.data, root.parent, recipe['preset'], recipe['seed'])
 
     # each node has a cache of its own
@@ -332,10 +332,11 @@ def optimizer_of(network, c):
 # --- the run
 def initial_model(c, module, options, data, state):
     """The Model of a run: from its seed, with the weights of --init, or of its own `state`."""
-    path, start = models.checkpoint_of(c.init), state
+    path, start, ours = models.checkpoint_of(c.init), state, Path(c.init).is_dir()
     if not state and c.init:
         with contextlib.suppress(ValueError):                  # of a file that somebody published
-            start = models.load_checkpoint(path)
+            ours = ours or 'options' in read_tensors(path)
+        start = models.load_checkpoint(path) if ours else None
 
     # a crop has no periodic border
     size = (c.crop, c.crop) if c.crop else data.size

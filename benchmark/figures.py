@@ -56,7 +56,6 @@ def draw_targets(args, cells):
     titles = [t for t in dict.fromkeys(title for records in found.values() for title in records)
               if t not in SHARED and not t.endswith('random init')]
 
-    # bars of errors
     for ax, (system, records) in zip(panels, found.items()):
         for (i, title), (j, p) in product(enumerate(titles), enumerate(PROBES)):
             y, errors = i + 0.25 * (j - 1), errors_of(records, title, p)
@@ -85,7 +84,6 @@ def draw_targets(args, cells):
     last.set(title='Share of the target not predicted', xlabel='spatial scale', ylim=(0, None),
              xticks=range(3), xticklabels=['> 8 px', '4 to 8', '< 4 px'])
 
-    # what colours mean
     if last.get_legend_handles_labels()[0]:
         last.legend(fontsize=8)
     keys = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PROBES.values()]

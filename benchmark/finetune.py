@@ -48,7 +48,6 @@ def finetune(run, model, protocol, batch=16, lr=1e-5, mlp_ratio=0.0, scored='tes
             return torch.cat([head(tokens(name, slice(i, i + batch)).float())
                               for i in range(0, len(windows[name]), batch)]).cpu()
 
-    # head and optimizer
     with torch.no_grad():
         dim = tokens('train', slice(0, 1)).shape[-1]
     torch.manual_seed(run.probe_seed)

@@ -143,7 +143,6 @@ class RayleighBenard(ExponentialSolver):
         force = apply(q1, b) + apply(q2, vv) - 2 * ik * apply(q1, uv) + ik**2 * apply(q, uu)
         force = force + self.nu * (v_yy[..., 1:] * self.wall_p[1] - v_yy[..., :1] * self.wall_p[0])
 
-        # everything to the nodes
         out = torch.cat([self.evaluate(self.state, 'output'), apply(self.pressure, force)[None]])
         u, v, b, p = torch.fft.irfft(out * self.Nx, n=self.Nx, dim=-2)
         return {'buoyancy': b + (1 - self.nodes), 'pressure': p, 'velocity': torch.stack([u, v], 3)}

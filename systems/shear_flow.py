@@ -89,7 +89,6 @@ def random_start(Nx, Ny, seed, layers, jumps, widths, blobs, waves, device='cpu'
     thickness, amplitude = 2 * rng.uniform(*widths, layers) / layers, rng.uniform(*blobs, layers)
     number, phase = rng.integers(1, 4, layers), rng.uniform(0, 2 * np.pi, layers)
 
-    # long waves
     x, y = np.arange(Nx)[:, None] / Nx, -1 + 2 * np.arange(Ny)[None, :] / Ny
     u, v = np.zeros((Nx, Ny)), np.zeros((Nx, Ny))
     for wave in 1, 2, 3:

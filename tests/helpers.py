@@ -8,12 +8,15 @@ formula in `filled` below. Per case and output: <case>/<output>/float32 and .../
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -21,6 +24,7 @@ import pytest
 import torch
 
 import simulate
+from run_script import run_script
 from systems import find_system
 from systems.active_matter import BOX
 
@@ -155,10 +159,26 @@ def command(script, *flags, **environment):
                 env={**env, 'OMP_NUM_THREADS': '1', **{k: str(v) for k, v in environment.items()}})
 
 
+FORKS = multiprocessing.get_context('forkserver')                        # processes that have imported PyTorch:
+FORKS.set_forkserver_preload(['torch', 'h5py'])                          # it takes seconds, and there are hundreds
+os.environ.update(OMP_NUM_THREADS='1', THP_MEM_ALLOC_ENABLE='1')         # which it reads then
+
+
 def run(script, *flags, cwd, code=0, **environment):
     """Run to the end; checks the exit code, and that nobody was shown a traceback."""
-    p = subprocess.run(**command(script, *flags, **environment), cwd=cwd, capture_output=True, text=True,
-                       timeout=300)                                      # should a refusal start to work instead
+    given = command(script, *flags, **environment)
+    if given['args'][1].startswith('-'):                                 # python -m, or -c
+        p = subprocess.run(**given, cwd=cwd, capture_output=True, text=True, timeout=300)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            said = Path(folder, 'stdout'), Path(folder, 'stderr')
+            path = str(Path(cwd, given['args'][1]).resolve())
+            job = FORKS.Process(target=run_script, args=(path, given['args'][2:], cwd, given['env'], *said))
+            job.start()
+            job.join(300)                                                # should a refusal start to work instead
+            job.kill()
+            job.join()
+            p = SimpleNamespace(returncode=job.exitcode, stdout=said[0].read_text(), stderr=said[1].read_text())
     assert p.returncode == code and 'Traceback' not in p.stderr + p.stdout, p.stdout + p.stderr
     return p
 
