@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from systems import System, find_system
 
-LARGE = 2**30               # bytes of a cache that is worth several processes, and a word
+LARGE = 2**30               # bytes: a larger cache is announced, and made by several processes
 
 # --- datasets and their files
 def find_dataset(name, data_dir):
@@ -124,7 +124,7 @@ def periodic_axes(path):
 def content_key(path):
     """Hash of a file's name, size, time and 16 blocks: cheap, and new whenever it is rewritten."""
     stat = path.stat()
-    h = hashlib.sha256(f'4 {path.name} {stat.st_size} {stat.st_mtime_ns}'.encode())
+    h = hashlib.sha256(f'5 {path.name} {stat.st_size} {stat.st_mtime_ns}'.encode())
     with open(path, 'rb') as f:
         for i in range(16):
             f.seek(i * stat.st_size // 16)

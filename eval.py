@@ -133,7 +133,7 @@ class Run:
         device, noise = model.mean.device, self.c.noise if noise is None else noise
         anew = torch.Generator(device).manual_seed(self.c.seed)
 
-        def function(x, seeds=()):
+        def to_tokens(x, seeds=()):
             x = x.to(device, model.mean.dtype)
             if noise > 0:
                 generators = [torch.Generator(device).manual_seed(draw_seed(seed))
@@ -142,7 +142,7 @@ class Run:
                          for generator in generators]          # (C, 16, H, W) each
                 x = x + noise * model.std * torch.stack(drawn)
             return model.embed(x) if frozen else model.features(x)
-        return function
+        return to_tokens
 
     def measure(self, x, seeds):
         """Hand-made statistics of raw windows (B, C, 16, H, W), as if tokens: (B, 1, S)."""
@@ -150,17 +150,17 @@ class Run:
         found = self.system.statistics(fields, Grid(*self.splits['train'].grid))
         return torch.stack(list(found.values()), 1)[:, None]
 
-    def embed(self, function, title, spoilt='', only=SPLITS):
+    def embed(self, to_tokens, title, spoilt='', only=SPLITS):
         """{split: (tokens (n, N, D) of all its windows, on the CPU, targets (n, L))}, on rank 0.
 
-        function: as from `encode`. spoilt: one of generalize.INPUTS. ValueError: tokens not finite.
+        to_tokens: as from `encode`. spoilt: one of generalize.INPUTS. Raises ValueError.
         """
         # jobs: batches of at most LOADED bytes
         C, (H, W) = len(self.channels), self.splits['train'].size
         size = max(1, min(self.batch, LOADED // (4 * C * FRAMES * H * W)))
         windows = {name: w for name, w in self.windows.items() if name in only}
         jobs = [(name, i) for name, w in windows.items() for i in range(0, len(w), size)]
-        batches = self.batches(function, spoilt, jobs[RANK::WORLD], size)
+        batches = self.batches(to_tokens, spoilt, jobs[RANK::WORLD], size)
         named, out = f'embedding, {title}' + (f', {spoilt}' if spoilt else ''), {}
         with (Progress(sum(map(len, windows.values())), named, 'window', disable=RANK > 0) as bar,
               torch.no_grad()):
@@ -174,7 +174,7 @@ class Run:
                     bar.update(len(tokens))
         return out
 
-    def batches(self, function, spoilt, jobs, size):
+    def batches(self, to_tokens, spoilt, jobs, size):
         """Tokens (B, N, D) of each job: (split, number of the first of `size` windows)."""
         std = self.splits['train'].normalization(True)[1]
         def load(job):
@@ -187,7 +187,7 @@ class Run:
             if spoilt:
                 noise = [draw_seed((*seed[:3], 7, *seed[3:])) for seed in seeds]
                 x = generalize.spoilt(x, spoilt, std, noise)
-            tokens = function(x, seeds).float().cpu()          # (B, N, D)
+            tokens = to_tokens(x, seeds).float().cpu()         # (B, N, D)
             tokens = tokens.to(probe.kept_as(len(self.windows[name]), *tokens.shape[1:]))
             if not tokens.isfinite().all():
                 raise ValueError(f'{self.path}: tokens are not finite, or too large for float16')
@@ -237,10 +237,10 @@ def evaluate_row(run, args, title):
         protocol = probe.PAPER | models.PAPER_PROBE.get((run.c.model, run.c.data), {})
         noise = protocol.pop('noise', None)
     # embed: all ranks; with --generalize also the scored split, spoilt in each way
-    function = run.measure if by_hand else run.encode(run.model(run.device, trained), noise=noise)
-    splits = run.embed(function, title)
+    encode = run.measure if by_hand else run.encode(run.model(run.device, trained), noise=noise)
+    splits = run.embed(encode, title)
     for how in generalize.INPUTS if args.generalize else ():
-        splits[how] = run.embed(function, title, how, (args.split,)).get(args.split)
+        splits[how] = run.embed(encode, title, how, (args.split,)).get(args.split)
     if RANK > 0:
         return None
     # statistics are z-scored and get all pairwise products: (n, 1, S) -> (n, 1, S + S(S+1)/2)

@@ -1,5 +1,5 @@
 r"""
-JEPA for physics: predict the embedding of the next 16 frames from the embedding of these 16.
+JEPA for physics: predict the embedding of other frames (the paper: the next 16) from these 16.
 
     context (B, C, 16, H, W) --encoder--> z  --predictor--> p   \
                                                                   VICReg(p, z')
@@ -242,7 +242,7 @@ class JEPA(nn.Module):
         if self.standardize:
             p = standardize(p)
 
-        # at different places, give each position of the context a random one of the target
+        # crops share no place: match places at random. What can be predicted is of the whole run
         if not self.paired:
             partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)

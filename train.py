@@ -36,7 +36,7 @@ from systems import DEFAULT, System
 of_data, of_optimizer = partial(option, group='data'), partial(option, group='optimisation')
 of_machine = partial(option, group='machine')
 
-# --- settings: a default, before it the preset's value, before that the flag's
+# --- settings
 @dataclass
 class Config:
     """What a run depends on besides its model's Options. Both are saved in its checkpoint."""
@@ -77,7 +77,7 @@ class Config:
     recompute: bool = of_machine(False, 'recompute blocks: less memory, a third slower', bare=True)
     compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
 
-# A system's protocol (systems/NAME.py) goes before these, a model's own PRESETS after them.
+# The last one wins: default, the system's protocol(), PRESETS, the model's PRESETS, the flag.
 PRESETS = {
     'paper': dict(dtype='float32'),                            # its trainer has no autocast
     'nano': dict(dtype='float32', resolution=0, whole=True,    # the simulated fields as they are
@@ -237,7 +237,7 @@ def load_batch(data, c, step, micro):
     windows = data.windows[order[first:first + B]]             # (B, 2): run, first frame
     labels = torch.tensor(data.standard_labels[windows[:, 0]])                    # (B, L)
 
-    def seeds(stream):                                         # for what each window draws
+    def seeds(stream):                 # 1: order, 2: context, 3: target, 4: its time
         return [(c.seed, stream, step, first + i) for i in range(B)]
 
     # context and target at the same place, one after the other: read 32 frames at once
@@ -248,11 +248,11 @@ def load_batch(data, c, step, micro):
 
     # or the target is another view, cropped and turned on its own
     if c.views in ('unpaired', 'other-time'):
-        later = windows + (0, FRAMES)
+        where = windows + (0, FRAMES)                          # the next 16 frames
         if c.views == 'other-time':
             last = data.fields.shape[2] - FRAMES
-            later = [(run, other_time(t, last, seed)) for (run, t), seed in zip(windows, seeds(4))]
-        x = torch.cat([x, data.load(np.array(later), FRAMES, c.crop, c.augment, seeds(3))], 2)
+            where = [(run, other_time(t, last, seed)) for (run, t), seed in zip(windows, seeds(4))]
+        x = torch.cat([x, data.load(np.array(where), FRAMES, c.crop, c.augment, seeds(3))], 2)
     # pinned memory: the copy to the GPU goes on while it computes
     return x.pin_memory() if c.device == 'cuda' else x, labels
 
@@ -430,10 +430,10 @@ def train(c, module, options):
 
     # a run that was begun goes on: rank 0 has its checkpoint
     state = models.load_checkpoint(checkpoint) if RANK == 0 and checkpoint.exists() else None
-    state, step, seconds, git = from_rank_0(state), 0, 0.0, git_hash()
+    state, git = from_rank_0(state), git_hash()
     if state:
         check_resumable(c, options, steps, state, checkpoint)
-        step, seconds = state['step'], state['seconds']
+    step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
     # the model, and its optimizer with the fused kernel of this device, whatever saved it
     model = initial_model(c, module, options, data, state)
@@ -448,7 +448,7 @@ def train(c, module, options):
     forward = network
     if c.recompute:
         models.recompute_blocks(network)
-    if WORLD > 1:                                              # some parameters get no gradient?
+    if WORLD > 1:           # unused: DISCO's other operators; what labels do not train
         unused = model.inputs.published or c.supervised
         forward = DistributedDataParallel(network, find_unused_parameters=unused)
     forward = torch.compile(forward) if c.compile else forward

@@ -23,8 +23,8 @@ from plot import (PROBES, STYLE, canvas, corners, files_by_labels, limits, plt, 
                   show, values_of)
 from systems import system_names
 
-COLORS = {'disco': ('#cc79a7', 'D'), 'jepa': ('#0072b2', 'o'), 'mpp': ('#009e73', 's'),
-          'pixels': ('#56b4e9', 'v'), 'videomae': ('#e69f00', '^'), 'vjepa': ('#8c564b', 'P')}
+LOOKS = (('#cc79a7', 'D'), ('#0072b2', 'o'), ('#009e73', 's'), ('#56b4e9', 'v'), ('#e69f00', '^'),
+         ('#8c564b', 'P'))                  # of the models, by name
 BEFORE = '#c0392b'                          # untrained encoders
 ERROR = 'error on test (MSE, z-scored)'
 
@@ -37,7 +37,7 @@ class Settings:
 def style_of(title):
     """{color, marker} of a row: its model's in every picture; grey where there is no model."""
     model = title.partition(',')[0].partition(':')[0]
-    found = {models.title(name): look for name, look in COLORS.items()}
+    found = {models.title(name): look for name, look in zip(sorted(models.MODELS), LOOKS)}
     return dict(zip(('color', 'marker'), found.get(model, ('#777777', 'x'))))
 
 def in_words(system):

@@ -7,7 +7,7 @@ import pytest
 import train
 from helpers import BASE, HERE
 
-WHOLE = [*BASE, '--widths', '16,16,16,16', '--crop', 32, '--batch', 16, '--micro-batch', 16, '--lr', '1e-2']
+WHOLE = [*BASE, '--widths', '16,16,16,16', '--crop', 16, '--batch', 16, '--micro-batch', 16, '--lr', '1e-2']
 EXPERIMENTS = {                                                          # what is broken: flags, as the page has them
     'whole': [],
     'no variance, no covariance': ['--std-coeff', 0, '--cov-coeff', 0, '--standardize', 'false'],

@@ -12,7 +12,7 @@ def jets(x, rate=8.0):
     """Values, rates and gradients of (B, C, T, H, W) -> (B, 4C, T/4, H/4, W/4).
 
     Of 2 x 2 x 2 neighbours at every fourth frame and point: their mean, and their differences along
-    t, x and y, times `rate` or 8: they are a few percent of a field, and small inputs learn late.
+    t (times `rate`), x and y (times 8). Unscaled, differences are a few percent of a field.
     """
     B, C, T, H, W = x.shape
     x = x.view(B, C, T // 4, 4, H // 4, 4, W // 4, 4)
