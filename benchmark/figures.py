@@ -71,7 +71,7 @@ def draw_targets(args, cells):
         ax.grid(axis='x')
         ax.grid(False, axis='y')
 
-    # what was missed, by models that predict pixels
+    # what was missed, where the field itself was predicted
     bands = 'low', 'mid', 'high'
     for (system, records), line in zip(found.items(), cycle(('-', '--', ':'))):
         for title in titles:
