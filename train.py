@@ -311,7 +311,8 @@ def train_step(model, forward, optimizer, batches, c, step):
     terms = dict(zip(sums, (means / WORLD).tolist()))
 
     # what is not finite moves nothing
-    finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
+    finite = torch.stack(finite).all()
     if not finite or not math.isfinite(terms['loss']):
         last, gradient = Path(c.out) / 'ckpt.pt', 'finite' if finite else 'not finite'
         raise FloatingPointError(                              # no weight has moved
