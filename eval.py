@@ -226,7 +226,7 @@ def probe_row(run, args, splits, fit, trained):
     return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
 def evaluate_row(run, args, title):
-    """({title: row}, {title: what --generalize finds}, mean tokens), None on ranks but 0, of
+    """({title: row}, {title: what --generalize finds}, mean tokens if trained), on rank 0, of
     run.name, the trained encoder; 'random init'; or 'field statistics', by the linear probe."""
     trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
     if by_hand and run.system.statistics is None:
@@ -255,6 +255,8 @@ def evaluate_row(run, args, title):
                   device=run.device, ridge=by_hand, **protocol)
     row, carried = probe_row(run, args, splits, fit, trained)
     rows = {title: row}                                        # of the table
+    means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained}
+    del splits                                                 # they may be a large file
     # fine-tune: encoder and head together
     if args.finetune and not by_hand:
         with Progress(finetune.epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
@@ -262,9 +264,7 @@ def evaluate_row(run, args, title):
                 run, run.model(run.device, trained), args.finetune, args.batch, args.finetune_lr,
                 run.mlp_ratio, args.split, run.device, bar.update)
         how = 'fine-tuned as in the paper' if args.finetune == 'paper' else 'fine-tuned'
-
         rows[f'{title}, {how}'] = {'attentive': estimates}
-    means = {name: probe.mean_tokens(x) for name, (x, _) in splits.items()}
     return rows, {title: carried}, means
 
 def evaluate(paths, args):
