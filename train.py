@@ -42,7 +42,8 @@ class Config:
     """What a run depends on besides its model's Options. Both are saved in its checkpoint."""
     data: str = of_data(DEFAULT, "the system, or another dataset of The Well's")
     model: str = option(models.DEFAULT, 'one of ' + ', '.join(models.MODELS) + ', or your own file')
-    preset: str = option('auto', 'nano, paper or smoke; auto: nano on data made for it, else paper')
+    preset: str = option('auto', "nano, paper, smoke or a model's own; auto: nano on data made for "
+                         'it, else paper')
     data_dir: str = of_data('', 'folder of datasets (default: $THE_WELL_DATA_DIR, else data)')
     cache_dir: str = of_data('', 'for preprocessed fields (default: <data dir>/<system>/cache)')
     # the fields: the paper's are resized to 224, of a part of the domain, and not normalised
@@ -146,7 +147,11 @@ def preset_settings(module, preset, system):
     of_model = getattr(module, 'PRESETS', {})
     names = [key for key in PRESETS | of_model if isinstance(key, str)]
     if preset not in ('smoke', *names):
-        raise ValueError(f'unknown preset {preset!r}: choose from auto, smoke, {", ".join(names)}')
+        models_with_it = [name for name in models.MODELS
+                          if preset in getattr(models.find_model(name), 'PRESETS', {})]
+        hint = f'add --model {models_with_it[0]}, or ' if models_with_it else ''
+        raise ValueError(f'this model has no preset {preset!r}: {hint}choose from auto, smoke, '
+                         f'{", ".join(names)}')
     key, more = ('nano', SMOKE) if preset == 'smoke' else (preset, {})
     settings = PRESETS.get(key, {}) | of_model.get(key, {}) | of_model.get((key, system), {}) | more
     # a typo in a model's file would pass in silence

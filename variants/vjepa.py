@@ -8,6 +8,9 @@ V-JEPA for physics: predict the embedding of the hidden part of a clip (arXiv 24
 The target is what a teacher, which sees the whole clip, makes of the hidden tokens. The teacher is
 a moving average of the encoder and gets no gradient: this prevents a constant embedding. The ViT,
 positions and initial weights are VideoMAE's. Unlike V-JEPA's authors, we do not probe the teacher.
+
+`--masks next` hides nothing. It predicts, as jepa.py does, the teacher's tokens of the next 16
+frames from the encoder's of these, all of them, each at its own place.
 """
 import copy
 from dataclasses import dataclass
@@ -29,31 +32,42 @@ DISTANCES = {'l1': F.l1_loss, 'smooth-l1': F.smooth_l1_loss, 'l2': F.mse_loss}
 
 @dataclass
 class Options(ViTOptions):
-    masks: str = option('block', 'hide block: rectangles; random: places; temporal: last frames')
+    masks: str = option('block', 'hide block: rectangles; random: places; temporal: last frames; '
+                        'next: nothing, and predict the next 16 frames')
     mask_ratio: float = option(0.9, 'share that random and temporal masks hide')
     predictor_width: int = option(192, 'width of the predictor, 64 a head')
     predictor_depth: int = option(12, 'blocks of the predictor')
     distance: str = option('l1', 'of prediction and target: ' + ', '.join(DISTANCES))
     momentum: tuple = option((0.996, 1.0), "the teacher's, at the start and, linearly, at the end")
     vicreg: float = option(0.0, 'weight of 25 variance + 1 covariance term of the visible tokens')
+    std_coeff: float = option(25.0, 'the 25: weight of the variance term in it')
 
 PRESETS = {
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4),
     'nano': dict(size='nano', patch=8, predictor_width=64, predictor_depth=2, mask_ratio=0.75,
                  vicreg=0.01, batch=8, micro_batch=8, steps=9600, lr=7e-4, warmup_epochs=0.3),
+    # the best ridge probe that others published for The Well's active_matter (docs/protocol.md)
+    'real': dict(resolution=0, normalize=True, noise=0.0, stride=16,       # 4 windows of a run
+                 masks='next', predictor_width=384, predictor_depth=6, distance='l2',
+                 momentum=(0.996, 0.996), vicreg=0.01, std_coeff=50.0,     # our term is half theirs
+                 batch=2, epochs=30.0, lr=3e-4, min_lr=1e-6, warmup_epochs=2.0, save_every=1000),
 }
 
 def check(options, inputs):
     """Raise ValueError if the options do not fit together, or not the fields of inputs.size."""
     at_least(options, 1, 'predictor_width')
-    at_least(options, 0, 'predictor_depth', 'vicreg')
+    at_least(options, 0, 'predictor_depth', 'vicreg', 'std_coeff')
     check_momentum(options.momentum)
     check_sizes(options, options.predictor_width, inputs.size)
-    for name, choices in ('masks', MASKS), ('distance', DISTANCES):
+    for name, choices in ('masks', (*MASKS, 'next')), ('distance', DISTANCES):
         if getattr(options, name) not in choices:
             raise ValueError(f'--{name} is {", ".join(choices)}, not {getattr(options, name)!r}')
 
     # the masks refuse a grid or a ratio that leaves nothing to hide, or nothing to see
+    if options.masks == 'next':
+        if not inputs.paired:
+            raise ValueError('--masks next predicts the same places: it needs --views paired')
+        return
     grid = FRAMES // TUBELET, *(side // options.patch for side in inputs.size)
     MASKS[options.masks](1, grid, options.mask_ratio, torch.Generator().manual_seed(0))
 
@@ -129,6 +143,12 @@ class Predictor(nn.Module):
         x = torch.cat([self.embed(z) + position[visible], self.mask_token + position[hidden]], 1)
         return self.decoder(x, hidden.shape[1])
 
+    def next_clip(self, z):
+        """All tokens of a clip (B, N, dim) -> those of the next one, place by place (B, N, dim)."""
+        N, width = z.shape[1], self.mask_token.shape[-1]
+        x = self.embed(z) + positions(N, width, self.mask_token.dtype, z.device)
+        return self.decoder(x, N)
+
 class VJEPA(nn.Module):
     """Encoder, teacher, predictor. forward(context, target) -> {'loss', 'error', 'std', 'cov'}."""
     def __init__(self, channels, **settings):
@@ -139,6 +159,7 @@ class VJEPA(nn.Module):
         self.predictor = Predictor(self.encoder.dim, o.predictor_width, o.predictor_depth, heads)
         initialise(self.predictor.mask_token, self.encoder, self.predictor)
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.predictor.mask_token.requires_grad_(o.masks != 'next')      # which has no use for it
 
     def undecayed(self, name, parameter):
         """No weight decay on biases, norms and the mask token."""
@@ -154,14 +175,22 @@ class VJEPA(nn.Module):
         y = self.teacher(patches)
         return F.layer_norm(y, y.shape[-1:])
 
-    def forward(self, context, target, generator=None):
-        """context, target: (B, C, 16, H, W). `generator`: in the same state on all ranks."""
+    def predict_next(self, context, target):
+        """Tokens (B, N, D) of these frames, those predicted of the next, and the teacher's."""
+        context, target = (patchify(x, TUBELET, self.options.patch) for x in (context, target))
+        z = self.encoder(context)
+        with torch.no_grad():
+            y = self.teacher(target)                                     # its last layer is a norm
+        return z, self.predictor.next_clip(z), y
+
+    def predict_hidden(self, context, target, generator):
+        """Of each mask: visible tokens (2B, n, D), predicted hidden ones (2B, m, D), the same."""
         o, (B, _, T, H, W) = self.options, context.shape
         patches = patchify(torch.cat([context, target]), TUBELET, o.patch)     # (2B, N, pixels, C)
         y = self.targets(patches)                                        # (2B, N, D)
 
         # the clips of all ranks are masked together: (2, WORLD * B, N)
-        losses, grid = [], (T // TUBELET, H // o.patch, W // o.patch)
+        grid = (T // TUBELET, H // o.patch, W // o.patch)
         for mask in MASKS[o.masks](WORLD * B, grid, o.mask_ratio, generator):
             # the tokens of this rank's clips: (2B, n) and (2B, m)
             visible, hidden = (i[:, RANK * B:(RANK + 1) * B].flatten(0, 1).to(patches.device)
@@ -169,19 +198,27 @@ class VJEPA(nn.Module):
             # predict the hidden embeddings from the visible ones
             z = self.encoder(patches, visible)                           # (2B, n, D)
             p = self.predictor(z, visible, hidden, patches.shape[1])     # (2B, m, D)
-            terms = {'error': DISTANCES[o.distance](p, take(y, hidden))}
+            yield z, p, take(y, hidden)
+
+    def forward(self, context, target, generator=None):
+        """context, target: (B, C, 16, H, W). `generator`: in the same state on all ranks."""
+        o, losses = self.options, []
+        predictions = (self.predict_hidden(context, target, generator) if o.masks != 'next' else
+                       [self.predict_next(context, target)])
+        for z, p, y in predictions:
+            terms = {'error': DISTANCES[o.distance](p, y)}
             # VICReg's two terms against collapse
             if o.vicreg:
                 with torch.autocast(z.device.type, enabled=False):       # in full precision
-                    rows = in_full(gather(z)).flatten(0, 1)              # (2 * WORLD * B * n, D)
+                    rows = in_full(gather(z)).flatten(0, 1)              # (WORLD * clips * n, D)
                     terms |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
             losses.append(terms)
 
         # the mean of each term over the masks; for logs, the last one's visible tokens
         self.embedding = z.detach()
         terms = {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}
-        loss = terms['error'] + o.vicreg * (25 * terms.get('std', 0) + terms.get('cov', 0))
-        return {'loss': loss, **terms}
+        against_collapse = o.std_coeff * terms.get('std', 0) + terms.get('cov', 0)
+        return {'loss': terms['error'] + o.vicreg * against_collapse, **terms}
 
     def features(self, x):
         """All tokens: (B, C, 16, H, W) -> (B, N = 8 * H/patch * W/patch, D)."""
