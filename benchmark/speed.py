@@ -8,6 +8,7 @@ They are compared with products of square matrices in the step's dtype. On CUDA 
 TF32 and products in float32, so a convolution may be faster. Memory is the GPU's peak; on CPU it is
 that of this process so far.
 """
+import functools
 import itertools
 import math
 import tempfile
@@ -85,11 +86,12 @@ def smooth_fields(c):
     coarse = torch.randn(shape, generator=noise)
     return F.interpolate(coarse, size=(WINDOW, H, W), mode='trilinear')
 
-def trainer(c, options):
-    """(network, function that trains it by a step on the next of `batches`).
+def trainer(c, options, forms={}):
+    """(network, function that trains it by a step on the next of `batches`: {term: mean}).
 
     batches: iterator of (fields (B, C, 32, H, W), labels (B, LABELS)); without it, of smooth fields
-    again and again. The learning rate is 0: the weights stay.
+    again and again. The learning rate is 0: the weights stay. forms: {class: another forward} of
+    layers of exactly these classes.
     """
     names = WELL[c.data][2].split()
     periodic = (False, False) if c.crop else find_system(c.data).part(c.whole)[1]
@@ -97,15 +99,22 @@ def trainer(c, options):
     model = models.build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed,
                                c.dtype, LABELS if c.supervised else 0).to(c.device)
 
+    # as train.py calls it, but for other forms of layers
+    for layer in model.network.modules():
+        if type(layer) in forms:
+            layer.forward = functools.partial(forms[type(layer)], layer)
+    forward = torch.compile(model.network) if c.compile else model.network
+
     optimizer = train.optimizer_of(model.network, c)
     for group in optimizer.param_groups:
         group['lr'] = 0.0
     batch = smooth_fields(c).to(c.device), torch.zeros(c.batch, LABELS, device=c.device)
 
     def step(batches=itertools.repeat(batch)):
-        train.train_step(model, model.network, optimizer, batches, c, step=0)
+        terms = train.train_step(model, forward, optimizer, batches, c, step=0)
         if hasattr(model.network, 'after_step'):
             model.network.after_step(0.0)
+        return terms
     return model.network, step
 
 def gflop_per_window(c, options):
