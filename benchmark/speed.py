@@ -30,7 +30,7 @@ LABELS = 2                  # of each system here
 
 @dataclass
 class Settings:
-    device: str = option('auto', 'cuda, cpu, or auto', 'machine')
+    device: str = option('auto', 'cuda, cpu, mps, or auto', 'machine')
 
 def seconds(function, repeats):
     """Mean seconds of a function, after two calls that do not count."""
@@ -97,6 +97,7 @@ def trainer(c, options):
     model = models.build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed,
                                c.dtype, LABELS if c.supervised else 0).to(c.device)
 
+    models.recompute_blocks(model.network, c.recompute, c.device)
     optimizer = train.optimizer_of(model.network, c)
     for group in optimizer.param_groups:
         group['lr'] = 0.0
