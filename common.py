@@ -39,6 +39,14 @@ GONE = {'--cache': 'the cache always holds float32 values; --cache-dir says wher
         '--all': 'python -m benchmark.report makes the tables; name several runs to compare them',
         '--latents': 'python -m baselines.latents FOLDER --data NAME'}
 
+# where memory ends: what PyTorch says, and what to try then, in this order
+MEMORY_ENDED = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+LESS_MEMORY = {
+    'train.py': 'try, in this order, --dtype bfloat16 (where a GPU has none: float16), --recompute '
+                'mlp, --recompute blocks, then a smaller --micro-batch, which changes the loss of '
+                '--preset paper: its statistics are those of a micro-batch',
+    'eval.py': 'try a smaller --batch'}
+
 def option(default, help='', group='model', bare=None):
     """A dataclass field that becomes a flag. bare: its value when the flag is given alone."""
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, bare=bare))
@@ -124,23 +132,50 @@ def script(main):
             main(*args)
             end_ranks()
         except Exception as e:                                 # what a user can mend: no traceback
+            if said := out_of_memory(e):
+                file = Path(main.__code__.co_filename).name
+                e = MemoryError(f'{said}: {LESS_MEMORY.get(file, "try smaller sizes")}')
             if RANK > 0 or WORLD > 1 and isinstance(e, RuntimeError):    # another rank says why
                 time.sleep(10)
-            if not isinstance(e, (ValueError, OSError, FloatingPointError)):
+            if not isinstance(e, (ValueError, OSError, MemoryError, FloatingPointError)):
                 raise
             note = " (torchrun's own report follows and adds nothing)" if WORLD > 1 else ''
             print('error:', ' '.join(str(e).split()) + note, file=sys.stderr, flush=True)
             sys.exit(2)
     return wrapped
 
+def out_of_memory(e):
+    """What did not fit, in words, if memory ended with this exception; else ''."""
+    ended = isinstance(e, RuntimeError) and re.search(MEMORY_ENDED, str(e))
+    if not ended and not isinstance(e, MemoryError):
+        return ''
+    asked = re.search(r'allocate (\d[\d.]* \w+)', str(e))
+    return 'out of memory' + (f', {asked[1]} more did not fit' if asked else '')
+
 # --- machine
 def pick_device(name):
-    """'cuda' or 'cpu'; `auto` is a GPU if there is one. Raises ValueError for other devices."""
+    """'cuda', 'mps' or 'cpu'; `auto` is cuda if it is there. ValueError for what is not there."""
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(),
+             'mps': torch.backends.mps.is_available()}         # a Mac's GPU; nobody has tried it
     if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name not in ('cpu', 'cuda') or name == 'cuda' and not torch.cuda.is_available():
+        return 'cuda' if there['cuda'] else 'cpu'
+    if not there.get(name):
         raise ValueError(f'no device {name!r} on this machine: use --device cpu')
     return name
+
+def fast_dtype():
+    """bfloat16 if this GPU computes in it; else float16. A T4 would only emulate it, slowly."""
+    try:
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+    except TypeError:                                          # an older PyTorch cannot tell
+        real = torch.cuda.get_device_capability() >= (8, 0)
+    return 'bfloat16' if real else 'float16'
+
+def autocast(device, dtype=None):
+    """Compute in a lower dtype here, where the device can; None: in none, even inside another."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def peak_memory():
     """Peak memory of this process in GB: the GPU's if it uses one, else resident memory."""
@@ -165,11 +200,12 @@ def keep_freed_memory():
             libc.mallopt(parameter, value)
 
 def machine(device):
-    """What this runs on, in words. device: cuda or cpu."""
+    """What this runs on, in words. device: cuda, mps or cpu."""
     info = Path('/proc/cpuinfo')                               # Linux names the CPU here
     found = re.search('model name.*: (.*)', info.read_text()) if info.exists() else None
     cpu = found[1] if found else platform.processor() or platform.machine()
-    name, cores = torch.cuda.get_device_name() if device == 'cuda' else cpu, os.cpu_count()
+    names, cores = {'cpu': cpu, 'mps': f'{cpu}, its GPU'}, os.cpu_count()
+    name = names.get(device) or torch.cuda.get_device_name()
     return f'{name}, {torch.get_num_threads()} of {cores} cores, PyTorch {torch.__version__}'
 
 def git_hash():
@@ -225,6 +261,8 @@ def start_ranks(device, backend='gloo'):
     """Join the other ranks, if there are any; on cuda each takes its GPU."""
     if WORLD == 1 or dist.is_initialized():
         return
+    if device == 'mps':
+        raise ValueError('one process for --device mps, without torchrun')
     if device == 'cuda':
         gpus = torch.cuda.device_count()
         if LOCAL_RANK >= gpus:

@@ -59,7 +59,7 @@ class Settings:
     finetune: str = option('', 'also train end to end: epochs (alone: 5), or paper', 'probe', '5')
     finetune_lr: float = option(1e-5, 'learning rate of the encoder in --finetune', 'probe')
     seed: int = option(-1, "of the attentive probe; -1: the run's", 'probe')
-    device: str = option('auto', 'cuda, cpu, or auto', 'machine')
+    device: str = option('auto', 'cuda, cpu, mps, or auto', 'machine')
 
 # --- windows through the encoder
 class Run:

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import at_least, check_state, option, published_state
+from common import at_least, autocast, check_state, option, published_state
 from objectives import infonce_loss_maps, sigreg_loss_maps
 from variants.small import SmallEncoder
 from vicreg import gather, standardize, vicreg_loss_maps
@@ -150,9 +150,13 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x):                                                # (B, C, ...)
-        y = self.conv(x).movedim(1, -1)                                  # (B, ..., C)
+        y = self.mlp(self.conv(x).movedim(1, -1))                        # (B, ..., C)
+        return x + y.movedim(-1, 1)                                      # (B, C, ...)
+
+    def mlp(self, y):
+        """The half that is pointwise, (B, ..., C) -> same: five sixths of what a block keeps."""
         y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
-        return x + (self.gamma * y).movedim(-1, 1)                       # (B, C, ...)
+        return self.gamma * y
 
 class Encoder(nn.Module):
     """3-D ConvNeXt (Liu et al., CVPR 2022): (B, C, 16, H, W) -> (B, widths[-1], H/16, W/16)."""
@@ -246,7 +250,7 @@ class JEPA(nn.Module):
         if not self.paired:
             partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
-        with torch.autocast(p.device.type, enabled=False):               # in full precision
+        with autocast(p.device):                                         # in full precision
             return self.loss(p, z_next, generator)
 
     def loss(self, p, z_next, generator):

@@ -18,7 +18,9 @@ keeps the last embedding, detached, as self.embedding, for the log. It may have
     in the file     TITLE, for tables; PRESETS, {'paper' | 'nano' | (preset, system): {setting:
                     value}}; ANY_SIZE, true if larger fields than in training need no tiles;
                     check(options, inputs), which raises ValueError for what will not do;
-                    load_published(network, path); classes called Block, for --recompute
+                    load_published(network, path); classes called Block, for --recompute; their
+                    `mlp` is what --recompute mlp repeats, on a GPU by itself if it is a method:
+                    it takes and gives (B, ..., D), and mixes no places
     in the network  encoder.dim, for --supervised; after_step(share of steps done), after each step;
                     undecayed(name, parameter), true for what weight decay leaves alone
 """
@@ -29,7 +31,7 @@ import itertools
 from math import ceil
 from pathlib import Path
 
-from common import FRAMES, check_state, pick_device, read_tensors
+from common import FRAMES, autocast, check_state, pick_device, read_tensors
 import numpy as np
 import torch
 import torch.nn as nn
@@ -49,6 +51,9 @@ PUBLISHED = {
 FINETUNED_IN_PAPER = 'mpp',
 PAPER_PROBE = {('videomae', 'shear_flow'): dict(noise=0.1, dropout=0.1)}          # where it differs
 PROBE_MLP_RATIO = {'mpp': 4.0, 'disco': 4.0}
+
+LOWER = {'bfloat16': torch.bfloat16, 'float16': torch.float16}           # dtypes of autocast
+ROWS = 2**20                # places in which an MLP is repeated at once: a clip of 16 x 224 x 224
 
 IN_CHECKPOINT = {'model', 'optimizer', 'step', 'steps', 'seconds', 'samples', 'config', 'options',
                  'inputs', 'labels', 'label_mean', 'label_std', 'mean', 'std'}
@@ -85,7 +90,7 @@ class Model(nn.Module):
     def __init__(self, network, inputs, mean, std, any_size=False, dtype='float32'):
         super().__init__()
         self.network = network.double() if dtype == 'float64' else network
-        self.inputs, self.any_size, self.mixed = inputs, any_size, dtype == 'bfloat16'
+        self.inputs, self.any_size, self.lower = inputs, any_size, LOWER.get(dtype)
         real = torch.float64 if dtype == 'float64' else torch.float32
         for name, values in ('mean', mean), ('std', std):
             self.register_buffer(name, torch.as_tensor(values, dtype=real).view(-1, 1, 1, 1))
@@ -95,8 +100,12 @@ class Model(nn.Module):
         return (x.to(self.mean.device, self.mean.dtype, non_blocking=True) - self.mean) / self.std
 
     def autocast(self):
-        """What the network computes in: bfloat16 where its run did."""
-        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.mixed)
+        """What the network computes in: bfloat16 or float16 where its run did."""
+        return autocast(self.mean.device, self.lower)
+
+    def scaler(self):
+        """Multiplies a loss, so that its gradients are no zeros in float16; else does nothing."""
+        return torch.amp.GradScaler(self.mean.device.type, enabled=self.lower == torch.float16)
 
     @property
     def embedding(self):
@@ -186,13 +195,33 @@ def count_parameters(model):
     return tuple(sum(p.numel() for p in part.parameters())
                  for part in (getattr(network, 'encoder', network), model))
 
-def recompute_blocks(network):
-    """The backward pass computes each `Block` again from its input. ValueError if there is none."""
+def recompute_blocks(network, what, device='cpu'):
+    """Keep less for the backward pass, which computes parts of each `Block` again -> what it does.
+
+    what: no; mlp, the pointwise half; blocks, all of it; auto: mlp on a GPU, where it is a method.
+    Raises ValueError if the network has no such part.
+    """
     blocks = [module for module in network.modules() if type(module).__name__ == 'Block']
-    if not blocks:
-        raise ValueError('--recompute is for networks made of blocks, which this one is not')
-    for block in blocks:
+    halves = [block for block in blocks if hasattr(block, 'mlp')]
+    if what == 'auto':
+        ours = any(not isinstance(block.mlp, nn.Module) for block in halves)
+        what = 'mlp' if ours and device != 'cpu' else 'no'
+    if not {'no': True, 'mlp': halves, 'blocks': blocks}[what]:
+        raise ValueError(f'--recompute {what} is for networks made of blocks'
+                         f'{" with an mlp" if what == "mlp" else ""}, which this one is not')
+
+    # also inside a whole block that is computed again: then it, too, never has all of its MLP
+    for block in halves if what != 'no' else ():
+        owner, name = (block.mlp, 'forward') if isinstance(block.mlp, nn.Module) else (block, 'mlp')
+        setattr(owner, name, functools.partial(checkpoint_in_parts, getattr(owner, name)))
+    for block in blocks if what == 'blocks' else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return what
+
+def checkpoint_in_parts(function, y):
+    """function(y) of y (B, ..., D), pointwise: the backward pass repeats it for ROWS at a time."""
+    parts = y.split(max(1, ROWS // y[0, ..., 0].numel()))
+    return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
 
 def embedding_health(z):
     """Mean std of the channels, effective rank of embeddings (B, D, ...): both fall in a collapse.

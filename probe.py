@@ -21,6 +21,7 @@ import torch.nn.functional as F
 IN_MEMORY = 2**30           # bytes of a split's tokens as float32; more go to a file, as float16
 BATCH = 64                  # windows in a step of the attentive probe
 PART = 2**28                # bytes of float32 tokens that are worked on at once
+DISTANCES = 2**26           # bytes of distances that knn holds at once
 # as in the paper's code, which shows the error on valid of every epoch; we take the last
 PAPER = dict(batch=256, warmup_epochs=0, keep_best=False)
 
@@ -159,8 +160,9 @@ def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100), scored='test'):
     x, y = splits['train']
 
     def estimate(name, ks):
-        distance, most = torch.cdist(splits[name][0], x), min(max(ks), len(x))
-        nearest = distance.topk(most, largest=False).indices             # (n, most)
+        most, rows = min(max(ks), len(x)), max(1, DISTANCES // (8 * len(x)))
+        nearest = torch.cat([torch.cdist(part, x).topk(most, largest=False).indices
+                             for part in splits[name][0].split(rows)])   # (n, most)
         return [y[nearest[:, :k]].mean(1) for k in ks]
 
     errors = {k: (e - splits['valid'][1]).pow(2).mean() for k, e in zip(ks, estimate('valid', ks))}

@@ -226,6 +226,8 @@ def main(argv=None):
     settings, name = parse(__doc__ + '\npresets:\n' + presets, Settings, argv,
                            system=dict(help=', '.join(system_names())))
     at_least(settings, 0, 'seed')
+    if settings.device == 'mps':
+        raise ValueError('the solvers need float64, which mps has not: use --device cpu')
     data_dir = data_folder(settings.data_dir)
     root = make_dataset(name, data_dir, settings.preset, settings.seed, settings.unresolved,
                         pick_device(settings.device))

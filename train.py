@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, WORLD, Parser, Progress, as_text,
-                    at_least, data_folder, from_rank_0, git_hash, one_rank_first, option,
-                    peak_memory, pick_device, prefetch, read_tensors, say, script, start_ranks,
-                    write_tensors, write_text)
+                    at_least, data_folder, fast_dtype, from_rank_0, git_hash, one_rank_first,
+                    option, peak_memory, pick_device, prefetch, read_tensors, say, script,
+                    start_ranks, write_tensors, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -72,10 +72,12 @@ class Config:
     seed: int = of_optimizer(0, 'of everything random; also of data that are simulated now')
     # the machine: none of this changes what is learned, but for dtype
     out: str = of_machine('', 'its folder (default: out/<system>-<model>-<preset>-seed<seed>)')
-    device: str = of_machine('auto', 'cuda, cpu, or auto')
-    dtype: str = of_machine('auto', 'float32, bfloat16, float64, or auto: bfloat16 where a GPU can')
+    device: str = of_machine('auto', 'cuda, cpu, mps (a Mac; not tried), or auto')
+    dtype: str = of_machine('auto', 'float32, float64, bfloat16, float16 (its loss is scaled), or '
+                            'auto: on a GPU bfloat16, or float16 where there is none')
     save_every: int = of_machine(100, 'steps between checkpoints')
-    recompute: bool = of_machine(False, 'recompute blocks: less memory, a third slower', bare=True)
+    recompute: str = of_machine('auto', 'in the backward pass, for less memory: no; mlp, of each '
+                                'block; blocks (alone, too); auto: mlp on a GPU', bare='blocks')
     compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
 
 # The last one wins: default, the system's protocol(), PRESETS, the model's PRESETS, the flag.
@@ -177,12 +179,16 @@ def complete(c):
 
     c.device = pick_device(c.device)
     if c.dtype == 'auto':
-        bfloat16 = c.device == 'cuda' and torch.cuda.is_bf16_supported()
-        c.dtype = 'bfloat16' if bfloat16 else 'float32'
+        c.dtype = fast_dtype() if c.device == 'cuda' else 'float32'
     for name, choices in (('views', 'paired, unpaired, other-time, same'),
-                          ('dtype', 'float32, bfloat16, float64')):
+                          ('dtype', 'float32, float64, bfloat16, float16'),
+                          ('recompute', 'auto, no, mlp, blocks')):
         if getattr(c, name) not in choices.split(', '):
             raise ValueError(f'unknown {name} {getattr(c, name)!r}: choose from {choices}')
+    # what the device cannot do
+    no_autocast = c.dtype in models.LOWER and not torch.amp.is_autocast_available(c.device)
+    if no_autocast or (c.device, c.dtype) == ('mps', 'float64'):
+        raise ValueError(f'no {c.dtype} on {c.device}: use --dtype float32')
 
     # a batch is cut into micro-batches, and these over the ranks
     c.micro_batch = min(c.micro_batch or 8 * WORLD, c.batch)
@@ -274,17 +280,19 @@ def learning_rate(step, steps, warmup, peak, low):
     angle = math.pi * (step - warmup) / max(1, steps - 1 - warmup)
     return low + (peak - low) * 0.5 * (1 + math.cos(angle))
 
-def train_step(model, forward, optimizer, batches, c, step):
+def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     """A step of the optimizer on the next batches -> {term: mean}. forward: the network or its DDP.
 
-    Raises FloatingPointError, before any weight moves, if the loss or a gradient is not finite.
+    Raises FloatingPointError, before any weight moves, if the loss or a gradient is not finite;
+    with a scaler (Model.scaler), such a gradient lowers its scale and the weights stay.
     """
+    scaler, wide = scaler or model.scaler(), torch.float32 if c.device == 'mps' else torch.float64
     optimizer.zero_grad(set_to_none=True)
     sums, accumulate = {}, c.batch // c.micro_batch
     for micro in range(accumulate):
         x, labels = next(batches)                              # loaded ahead
         x = model.normalise(x)                                 # (B, C, 32, H, W)
-        labels = [labels.to(x)] if c.supervised else []
+        labels = [labels.to(x.dtype).to(x.device)] if c.supervised else []
 
         # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself
         alike = (c.seed * 2**20 + step) * 1024 + micro
@@ -298,15 +306,15 @@ def train_step(model, forward, optimizer, batches, c, step):
         # ranks add their gradients up in the last backward pass of the step
         last = micro == accumulate - 1
         with contextlib.nullcontext() if last or WORLD == 1 else forward.no_sync():
-            with model.autocast():                             # bfloat16, if the run is in it
+            with model.autocast():                             # bfloat16 or float16, if it is so
                 losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator, *labels)
             if not isinstance(losses, dict) or 'loss' not in losses:
                 raise ValueError("a network's forward returns a dict with 'loss' in it")
-            (losses['loss'] / accumulate).backward()
+            scaler.scale(losses['loss'] / accumulate).backward()
 
-        # terms of the log, in double precision
+        # terms of the log, in double precision where there is one
         for name, value in losses.items():
-            value = torch.as_tensor(value, device=x.device).detach().double()
+            value = torch.as_tensor(value, device=x.device).detach().to(wide)
             sums[name] = sums.get(name, 0.0) + value / accumulate
 
     # means over all ranks; here the CPU waits for the GPU
@@ -315,15 +323,19 @@ def train_step(model, forward, optimizer, batches, c, step):
         dist.all_reduce(means)
     terms = dict(zip(sums, (means / WORLD).tolist()))
 
-    # what is not finite moves nothing
+    # what is not finite moves nothing; in float16 the scale was too high, and finds its level
+    scaler.unscale_(optimizer)
     finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
     finite = torch.stack(finite).all()
-    if not finite or not math.isfinite(terms['loss']):
+    lost = not finite and (not scaler.is_enabled() or scaler.get_scale() < 1)
+    if lost or not math.isfinite(terms['loss']):
         last, gradient = Path(c.out) / 'ckpt.pt', 'finite' if finite else 'not finite'
+        advice = 'a lower --lr' + (', or --dtype float32' if scaler.is_enabled() else '')
         raise FloatingPointError(                              # no weight has moved
             f'the loss is {terms["loss"]} at step {step}, its gradient {gradient}; the last good '
-            f'checkpoint is kept ({last if last.exists() else "none yet"}): try a lower --lr')
-    optimizer.step()
+            f'checkpoint is kept ({last if last.exists() else "none yet"}): try {advice}')
+    scaler.step(optimizer)
+    scaler.update()
     return terms
 
 def optimizer_of(network, c):
@@ -398,7 +410,7 @@ def announce(c, root, data, model, options, steps, step):
         say(textwrap.fill(f'{group}: {", ".join(items)}', 100, subsequent_indent='  '))
     # the network, and what a step is
     in_encoder, in_all = models.count_parameters(model)
-    where = torch.cuda.get_device_name() if c.device == 'cuda' else 'CPU'
+    where = torch.cuda.get_device_name() if c.device == 'cuda' else c.device.upper()
     say(f'{c.model}, preset {c.preset} on {where}, {c.dtype}; {in_encoder:,} parameters in the '
         f'encoder, {in_all - in_encoder:,} beside it')
     windows, (h, w) = len(data.windows), model.inputs.size     # of a step
@@ -443,17 +455,18 @@ def train(c, module, options):
 
     # the model, and its optimizer with the fused kernel of this device, whatever saved it
     model = initial_model(c, module, options, data, state)
-    optimizer, network = optimizer_of(model.network, c), model.network
+    optimizer, network, scaler = optimizer_of(model.network, c), model.network, model.scaler()
+    c.recompute = models.recompute_blocks(network, c.recompute, c.device)
     if state:
+        if state.get('scaler'):                                # none of a run in another dtype
+            scaler.load_state_dict(state['scaler'])
         for group in state['optimizer']['param_groups']:
             group['fused'] = c.device == 'cuda'
         optimizer.load_state_dict(state['optimizer'])
     announce(c, root, data, model, options, steps, step)
 
-    # the network as a step calls it: with blocks computed twice, on all ranks, compiled
+    # the network as a step calls it: on all ranks, compiled
     forward = network
-    if c.recompute:
-        models.recompute_blocks(network)
     if WORLD > 1:           # unused: DISCO's other operators; what labels do not train
         unused = model.inputs.published or c.supervised
         forward = DistributedDataParallel(network, find_unused_parameters=unused)
@@ -467,18 +480,19 @@ def train(c, module, options):
             mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
             labels=data.varying(), label_mean=labels.mean(0).tolist(),
             label_std=labels.std(0).tolist(), model=network.state_dict(), step=step, steps=steps,
-            optimizer=optimizer.state_dict(), seconds=seconds, samples=step * c.batch, git=git))
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), seconds=seconds,
+            samples=step * c.batch, git=git))
 
     # batches are loaded ahead, while the network computes
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
-    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, 4 if c.device == 'cuda' else 1)
+    batches = prefetch(lambda job: load_batch(data, c, *job), jobs, 1 if c.device == 'cpu' else 4)
     bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
     with open_log(c, step) as log, contextlib.closing(bar), contextlib.closing(batches):
         while step < steps:                                    # waiting for data is timed, too
             began, rate = time.perf_counter(), learning_rate(step, steps, warmup, c.lr, c.min_lr)
             for group in optimizer.param_groups:
                 group['lr'] = rate
-            terms = train_step(model, forward, optimizer, batches, c, step)
+            terms = train_step(model, forward, optimizer, batches, c, step, scaler)
             if hasattr(model.network, 'after_step'):           # a teacher follows
                 model.network.after_step((step + 1) / steps)
             took = time.perf_counter() - began

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
-from common import at_least, check_state, mean_and_std, option, published_state
+from common import at_least, autocast, check_state, mean_and_std, option, published_state
 
 TITLE = 'DISCO'
 EULER = 'density energy pressure momentum_x momentum_y'
@@ -394,7 +394,7 @@ class DISCO(nn.Module):
         """x (B, C, T, H, W) -> next frame (B, C, H, W), z-scored by x's mean and std; these; z."""
         z = self.features(x)[:, 0].to(x.dtype)
         # the integration has too many steps for half precision
-        with torch.autocast('cuda' if x.is_cuda else 'cpu', enabled=False):
+        with autocast(x.device):
             theta = self.theta(z)
             x, mean, std = standardize(x, 2)                       # by sample and channel
             y, last_mean, last_std = standardize(x[:, self.order, -1], 2)

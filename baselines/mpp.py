@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import at_least, check_state, mean_and_std, option, published_state
+from common import at_least, autocast, check_state, mean_and_std, option, published_state
 
 TITLE = 'MPP'
 SIZES = {'Ti': (192, 12, 3), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16),
@@ -265,7 +265,7 @@ class MPP(nn.Module):
     def predict(self, x):
         """(B, C, 16, H, W) -> the frame after them, (B, C, H, W)."""
         # bfloat16 would round away the spread that the norms divide by
-        with torch.autocast('cuda' if x.is_cuda else 'cpu', enabled=False):
+        with autocast(x.device):
             z, mean, std = self.encoder(x)
             self.embedding = z[:, -1].detach()                     # (B, D, H/16, W/16)
             return self.encoder.debed(z[:, -1], self.encoder.states) * std + mean
@@ -279,7 +279,7 @@ class MPP(nn.Module):
 
     def features(self, x):
         """(B, C, 16, H, W) -> tokens of the last time step, (B, N = H/16 * W/16, D)."""
-        with torch.autocast('cuda' if x.is_cuda else 'cpu', enabled=False):
+        with autocast(x.device):
             return self.encoder(x)[0][:, -1].flatten(2).transpose(1, 2)
 
 def load_published(model, path):

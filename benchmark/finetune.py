@@ -55,6 +55,7 @@ def finetune(run, model, protocol, batch=16, lr=1e-5, mlp_ratio=0.0, scored='tes
     both, epochs = torch.nn.ModuleList([model, head]), epochs_of(protocol)
     steps = epochs * math.ceil(len(windows['train']) / batch)
     optimizer, schedule = optimizer_of(model, head, paper, lr, steps)
+    scaler = model.scaler()                                    # of a run in float16
 
     # epochs; the best on valid is kept
     order = torch.Generator().manual_seed(run.probe_seed)
@@ -66,8 +67,9 @@ def finetune(run, model, protocol, batch=16, lr=1e-5, mlp_ratio=0.0, scored='tes
 
             truth = targets['train'][index].float().to(device)
             estimates = head(tokens('train', index.numpy()).float())
-            (estimates - truth).pow(2).mean().backward()
-            optimizer.step()
+            scaler.scale((estimates - truth).pow(2).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
             if not paper:
                 schedule.step()
 

@@ -31,7 +31,7 @@ LABELS = 2                  # of each system here
 
 @dataclass
 class Settings:
-    device: str = option('auto', 'cuda, cpu, or auto', 'machine')
+    device: str = option('auto', 'cuda, cpu, mps, or auto', 'machine')
 
 def seconds(function, repeats):
     """Mean seconds of a function, after two calls that do not count."""
@@ -103,6 +103,7 @@ def trainer(c, options, forms={}):
     for layer in model.network.modules():
         if type(layer) in forms:
             layer.forward = functools.partial(forms[type(layer)], layer)
+    models.recompute_blocks(model.network, c.recompute, c.device)
     forward = torch.compile(model.network) if c.compile else model.network
 
     optimizer = train.optimizer_of(model.network, c)

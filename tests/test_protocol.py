@@ -25,7 +25,7 @@ SHARED = dict(
     micro_batch=8,                                                       # [C] configs: windows per GPU
     weight_decay=0.05, warmup_epochs=0.0,                                # [C] its epoch warmup never acts; see docs/protocol.md
     dtype='float32',                                                     # [C] no autocast in its trainer
-    recompute=False, compile=False,
+    recompute='auto', compile=False,
     steps=-1, init='')
 OF_SYSTEM = {                                                            # [C] configs: train, dataset; data.py: stride
     'active_matter': dict(stride=1, noise=1.0, lr=1e-3, epochs=30.0),
@@ -280,6 +280,7 @@ def test_fine_tuning_moves_the_encoder(protocol, monkeypatch):
     torch.manual_seed(0)
     run, model = FakeRun(), torch.nn.Linear(256, 16)
     model.network = network = torch.nn.Identity()
+    model.scaler = lambda: torch.amp.GradScaler(enabled=False)
     network.paper_finetuning = lambda: made.append('as in the paper')
     before = model.weight.clone()
     estimates = finetune.finetune(run, model, protocol, batch=32, lr=1e-4)

@@ -42,7 +42,7 @@ def test_blocks_are_computed_again(name, tmp_path, monkeypatch):
         return tensor
     for again in False, True:
         if again:
-            recompute_blocks(model.network)
+            recompute_blocks(model.network, 'blocks')
         kept.append(0)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -55,7 +55,7 @@ def test_blocks_are_computed_again(name, tmp_path, monkeypatch):
 def test_no_blocks_to_compute_again(tmp_path, monkeypatch):
     _, model, *_ = miniature(MODELS['disco'], monkeypatch, tmp_path)
     with pytest.raises(ValueError, match='blocks'):
-        recompute_blocks(model.network)
+        recompute_blocks(model.network, 'blocks')
 
 
 def test_what_is_not_finite_is_never_saved(well, tmp_path):
@@ -72,7 +72,7 @@ def test_compiled_steps_are_the_same(name, tmp_path, monkeypatch):
     for compiled in False, True:
         c, model, x, labels = miniature(AHEAD[name], monkeypatch, tmp_path)
         if name != 'nano':
-            recompute_blocks(model.network)
+            recompute_blocks(model.network, 'blocks')
         forward = torch.compile(model.network, backend='eager') if compiled else model.network
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         found.append([train.train_step(model, forward, optimizer, batches(c, x, labels), c, s) for s in (0, 1)])

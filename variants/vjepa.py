@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import FRAMES, RANK, WORLD, at_least, option
+from common import FRAMES, RANK, WORLD, at_least, autocast, option
 from jepa import check_momentum, move_teacher
 from vicreg import covariance_loss, gather, in_full, variance_loss
 from videomae import (Decoder, Encoder, ViTOptions, check_sizes, decoder_heads, encoder_size,
@@ -209,7 +209,7 @@ class VJEPA(nn.Module):
             terms = {'error': DISTANCES[o.distance](p, y)}
             # VICReg's two terms against collapse
             if o.vicreg:
-                with torch.autocast(z.device.type, enabled=False):       # in full precision
+                with autocast(z.device):                                 # in full precision
                     rows = in_full(gather(z)).flatten(0, 1)              # (WORLD * clips * n, D)
                     terms |= {'std': variance_loss(rows), 'cov': covariance_loss(rows)}
             losses.append(terms)
