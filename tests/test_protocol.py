@@ -60,6 +60,38 @@ def test_every_setting_of_the_paper_preset(name, system, tmp_path, monkeypatch):
     assert found == expected
 
 
+def test_every_setting_of_the_real_preset(tmp_path, monkeypatch):
+    """[J] jpakdel/active_matter_JEPA, runs/baseline_vit_ema_vicreg_lam001_20260430_170646/config.json; [O] z-scores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
+    c, module, o = train.parse(['--model', 'vjepa', '--preset', 'real'], '')
+    found = {k: v for k, v in (asdict(c) | asdict(o)).items() if k not in ELSEWHERE - {'save_every'}}
+    assert found == SHARED | dict(
+        resolution=0, normalize=True, noise=0.0,                         # [J] 256 x 256; [O]; [J] noise_std
+        stride=16,                                                       # [J] null: as many as num_frames
+        batch=2, micro_batch=2, epochs=30.0, lr=3e-4, min_lr=1e-6, warmup_epochs=2.0,    # [J] optim
+        size='small', width=0, depth=0, heads=0, patch=16,               # [J] encoder_size, patch_size
+        predictor_width=384, predictor_depth=6,                          # [J] predictor
+        masks='next', mask_ratio=0.9, distance='l2',                     # [J] losses: of all tokens of the next frames
+        momentum=(0.996, 0.996),                                         # [J] ema_decay, constant
+        vicreg=0.01, std_coeff=50.0,                                     # [J] 0.01 (25 V + C): V is twice ours
+        save_every=1000)                                                 # of half a GB each
+    assert np.ceil(c.epochs * 175 * 4 / c.batch) == 10_500               # [J] final.json: global_step
+
+    # [J] final.json: 23,457,408 and 10,943,232; ours have no bias of keys, and an unused mask token
+    network = module.build(o, Inputs('active_matter', list('abcdefghijk'), (True, True), (256, 256)))
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.predictor)]
+    assert sizes == [23_457_408 - 12 * 384, 10_943_232 - 6 * 384 + 384]
+
+
+def test_a_models_own_preset_says_whose_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no preset 'real': add --model vjepa, or choose from auto"):
+        train.parse(['--preset', 'real'], '')
+    with pytest.raises(ValueError, match="no preset 'reel': choose from auto, smoke, paper, nano$"):
+        train.parse(['--preset', 'reel'], '')
+
+
 def test_published_numbers():
     """[T] table 1; MPP's are fine-tuned."""
     published = {'jepa': (0.079, 0.38, 0.13), 'videomae': (0.160, 0.67, 0.18), 'disco': (0.057, 0.13, 0.01),

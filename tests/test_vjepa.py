@@ -142,6 +142,28 @@ def test_every_mask_has_its_share_of_the_loss():
     assert len(errors) == 2 and torch.allclose(loss, sum(errors) / 2) and not torch.allclose(*errors)
 
 
+def test_the_next_frames_are_predicted_place_by_place():
+    """--masks next: of all tokens; the teacher sees the target alone, and the encoder the context alone."""
+    torch.manual_seed(0)
+    model, x = VJEPA(3, **MINI, masks='next', distance='l2', vicreg=0.01, std_coeff=50.0).double(), torch.randn(
+        2, 2, 3, 16, 16, 16, dtype=torch.float64)
+    model.teacher.norm.weight.data.mul_(2)                               # it is not normed again
+    losses = model(*x, seeded(0))
+    z, y = model.encoder(patchify(x[0], 2, 4)), model.teacher(patchify(x[1], 2, 4))         # (2, 128, 24)
+    decoder, positions = model.predictor.decoder, vjepa.positions(128, 12, torch.float64)
+    p = decoder.head(decoder.norm(decoder.blocks(model.predictor.embed(z) + positions)))
+    std, cov = variance_loss(z.flatten(0, 1)), covariance_loss(z.flatten(0, 1))
+    error = (p - y).square().mean()
+    assert torch.allclose(losses['error'], error) and torch.equal(model.embedding, z.detach())
+    assert torch.allclose(losses['loss'], error + 0.01 * (50 * std + cov))
+    assert torch.equal(model(*x, seeded(1))['loss'], losses['loss'])     # nothing is drawn
+    losses['loss'].backward()
+    trained = [*model.encoder.parameters(), *model.predictor.parameters()]
+    assert all(p.grad is not None for p in trained if p.requires_grad)   # as DDP wants it
+    assert [p is model.predictor.mask_token for p in trained if not p.requires_grad] == [True]
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
 def test_the_teacher_moves_by_its_formula(well, tmp_path):
     """Ten steps with a momentum that rises from 0.5 to 1; it is in the checkpoint."""
     flags = [str(v) for v in (*MODELS['vjepa'], '--momentum', '0.5,1', '--data-dir', well)]
@@ -168,7 +190,8 @@ def test_the_teacher_moves_by_its_formula(well, tmp_path):
     (['--momentum', '0.9,1.5'], 'momentum'), (['--masks', 'temporal', '--mask-ratio', '1'], '8 of 8'),
     (['--masks', 'random', '--mask-ratio', '0'], 'hides 0'), (['--predictor-width', '0'], 'at least 1'),
     (['--predictor-width', '100', '--heads', '3'], 'divisible'), (['--vicreg', '-1'], 'at least 0'),
-    (['--masks', 'block', '--patch', '16', '--crop', '16'], 'smaller --patch')])
+    (['--masks', 'block', '--patch', '16', '--crop', '16'], 'smaller --patch'), (['--std-coeff', '-1'], 'at least 0'),
+    (['--masks', 'next', '--views', 'unpaired'], 'paired'), (['--masks', 'last'], 'temporal, next, not')])
 def test_bad_options_are_refused(well, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):
         train.parse([*map(str, MODELS['vjepa']), '--data-dir', str(well), '--out', str(tmp_path / 'a'), *flags], '')
