@@ -133,7 +133,9 @@ class Field:
         last = 2 if order == 2 and shape[-2:] == (2, 2) else min(order, 1)
         lengths = shape[:len(shape) - last]
         axes = find_axes(lengths, self.varies)
-        if axes is None or math.prod(shape[len(lengths):]) != 2**order:
+        components = math.prod(shape[len(lengths):])
+
+        if axes is None or len(self.varies) != 4 or components != len(self.components):
             raise ValueError(f'{path}: field {name} has shape {shape}, not (runs, frames, x, y'
                              f'{", 2" * order}), or less if its attributes say so')
         self.lengths = dict(zip(axes, lengths))
@@ -163,11 +165,11 @@ def read_scalars(f, path, runs):
     scalars = {}
     for name in f['scalars']:
         d = f['scalars'].get(name)
-        is_number = isinstance(d, h5py.Dataset) and d.dtype.kind in 'fiub'
-        if is_number and np.any(d.attrs.get('time_varying', False)):
+        if isinstance(d, h5py.Dataset) and np.any(d.attrs.get('time_varying', False)):
             continue
 
         # one value, or one for each run
+        is_number = isinstance(d, h5py.Dataset) and d.dtype.kind in 'fiub'
         if not is_number or d.size not in (1, runs):
             raise ValueError(f'{path}: scalar {name} has shape {getattr(d, "shape", None)}: a '
                              f'number is needed, or one for each of the {runs} runs')
