@@ -178,12 +178,14 @@ def autocast(device, dtype=None):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def peak_memory():
-    """Peak memory of this process in GB: the GPU's if it uses one, else resident memory."""
+    """Peak memory of this process in GB: the GPU's if it uses one, else resident (0: unknown)."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    with contextlib.suppress(ImportError):                     # Windows has no such module
+        import resource
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return 0.0
 
 def mean_and_std(x, dim):
     """Mean and unbiased std over some axes, which stay: on CPU, 5 times torch.std_mean's speed."""
@@ -314,20 +316,35 @@ def data_folder(flag, of_run=''):
         raise ValueError(f'URLs are gone, as {folder}: the-well-download, then --data-dir')
     return Path(folder)
 
+@contextlib.contextmanager
+def complete_file(path):
+    """The name of a part to write: it becomes `path` when it is done, and goes if that fails.
+    Raises OSError naming `path`, which stays as it was."""
+    part = path.with_name(path.name + '.part')
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException as e:
+        part.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise type(e)(f'{path} cannot be written: {e.strerror or e}') from None
+        raise
+
 def write_bytes(path, content):
     """A file that is complete or not there at all."""
-    part = path.with_name(path.name + '.part')
-    part.write_bytes(content)
-    os.replace(part, path)
+    with complete_file(path) as part:
+        part.write_bytes(content)
 
 def write_text(path, text):
     write_bytes(path, text.encode())
 
 def write_tensors(path, state):
     """A file of plain types and tensors, complete or not there at all."""
-    part = path.with_name(path.name + '.part')
-    torch.save(state, part)
-    os.replace(part, path)
+    with complete_file(path) as part, open(part, 'wb') as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as e:                              # torch's words for a failed write
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
 
 def read_tensors(path, safe=()):
     """The dict in a torch.save file of plain types, tensors and classes in `safe`.

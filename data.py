@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from systems import System, find_system
 
+say_once = functools.cache(say)
 LARGE = 2**30               # bytes: a larger cache is announced, and made by several processes
 
 # --- datasets and their files
@@ -58,9 +60,9 @@ def read_recipe(root):
         raise ValueError(f'{note} is damaged: delete {root}, or change --data-dir') from None
 
 def open_well_file(path):
-    """(h5py.File, {channel: (dataset, component)}, {scalar: values}, (runs, frames, nx, ny)).
-    Channels in the file's order: t0, t1, t2 fields, alphabetical in a group, components last index
-    fastest (velocity_x, D_xy). Scalars: a value for each run. Raises ValueError naming the file."""
+    """(h5py.File, {channel: (Field, number of its component)}, {scalar: its value for each run},
+    (runs, frames, nx, ny)). Channels in the file's order: t0, t1, t2 fields, alphabetical in a
+    group, components last index fastest (velocity_x, D_xy). Raises ValueError naming the file."""
     try:
         f = h5py.File(path, 'r')
     except OSError as e:                                       # perhaps what a failed download left
@@ -70,7 +72,7 @@ def open_well_file(path):
 
     # is it as we need it?
     for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
-        if group not in f:
+        if not isinstance(f.get(group), h5py.Group):
             raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
     if 'spatial_dims' not in f['dimensions'].attrs:
         raise ValueError(f"{path} has no attribute 'spatial_dims': it is not in The Well's format")
@@ -78,31 +80,120 @@ def open_well_file(path):
     if len(axes) != 2:
         raise ValueError(f'{path} has {len(axes)} spatial axes, {", ".join(axes)}: we take two')
 
-    # every component of every field is a channel, all are of one shape
-    channels, shape = {}, None
+    # every component of every field is a channel
+    fields, shape = find_fields(f, path)
+    channels = {}
+    for field in fields:
+        for k, component in enumerate(field.components):
+            suffix = ''.join(axes[i] for i in component)
+            channel = f'{field.name}_{suffix}' if component else field.name
+            # a scalar field may have the name of a component
+            if channel in channels:
+                raise ValueError(f'{path} has two channels called {channel}')
+            channels[channel] = field, k
+    return f, channels, read_scalars(f, path, shape[0]), shape
+
+def find_fields(f, path):
+    """([Field], (runs, frames, nx, ny)) of an open file."""
+    fields = []
     for order in range(3):
-        for name in sorted(f[f't{order}_fields']):
-            d = f[f't{order}_fields'][name]                    # (runs, frames, nx, ny, ...)
-            shape = shape or d.shape[:4]
-            if d.shape[:4] != shape or len(shape) != 4:
-                raise ValueError(f'{path}: field {name} has shape {d.shape}, not {shape}')
-            for component in np.ndindex(*d.shape[4:]):
-                suffix = ''.join(axes[i] for i in component)
-                channels[f'{name}_{suffix}' if component else name] = d, component
-    if not channels:
+        for name in sorted(group := f[f't{order}_fields']):
+            d = group.get(name)                                # None for a broken link
+            if not isinstance(d, h5py.Dataset) or d.dtype.kind not in 'fiub' or not d.size:
+                raise ValueError(f'{path}: {name} in t{order}_fields is not an array of numbers')
+            fields.append(Field(path, name, d, order))
+    if not fields:
         raise ValueError(f'{path} has no fields')
 
-    # a scalar belongs to the file, or to each run
+    # all are of one shape: what an axis lacks is repeated
+    shape = tuple(max(field.lengths.get(axis, 1) for field in fields) for axis in range(4))
+    for field in fields:
+        field.shape = shape
+        if any(n != shape[axis] and (n > 1 or field.varies[axis])
+               for axis, n in field.lengths.items()):
+            own = field.dataset.shape
+            raise ValueError(f'{path}: field {field.name} has shape {own}, not {shape} as others')
+    return fields, shape
+
+class Field:
+    """A field of an open file, to be read as (runs, frames, nx, ny, components). In the file, an
+    axis may be missing, or of length 1, if its attributes say that it does not vary along it.
+    lengths: of the axes that are there, by number. components: indices of each, () of a scalar."""
+
+    def __init__(self, path, name, dataset, order):
+        self.name, self.dataset = name, dataset
+        self.components = list(np.ndindex(*[2] * order))
+        # along which axes does it vary?
+        says = dataset.attrs.get
+        self.varies = np.hstack([says('sample_varying', True), says('time_varying', True),
+                                 says('dim_varying', [True, True])]).astype(bool)
+
+        # its shape: axes, then (2,) of a vector, (2, 2) or (4,) of a tensor
+        shape = dataset.shape
+        last = 2 if order == 2 and shape[-2:] == (2, 2) else min(order, 1)
+        lengths = shape[:len(shape) - last]
+        axes = find_axes(lengths, self.varies)
+        components = math.prod(shape[len(lengths):])
+
+        if axes is None or len(self.varies) != 4 or components != len(self.components):
+            raise ValueError(f'{path}: field {name} has shape {shape}, not (runs, frames, x, y'
+                             f'{", 2" * order}), or less if its attributes say so')
+        self.lengths = dict(zip(axes, lengths))
+
+    def read(self, run, frames=slice(None), x=slice(None), y=slice(None)):
+        """Some frames of a run, and of them a part: (frames, nx, ny, components)."""
+        wanted = slice(run, run + 1), frames, x, y
+        values = self.dataset[tuple(wanted[axis] if n == self.shape[axis] else slice(None)
+                                    for axis, n in self.lengths.items())]
+        # with all axes; those that it lacks are repeated
+        there = dict(zip(self.lengths, np.shape(values)))
+        values = np.reshape(values, (*(there.get(axis, 1) for axis in (1, 2, 3)), -1))
+        full = [len(range(n)[part]) for n, part in zip(self.shape[1:], wanted[1:])]
+        return np.broadcast_to(values, (*full, len(self.components)))
+
+def find_axes(lengths, varies):
+    """Which of (runs, frames, x, y) the axes of a field are, by number: those along which it
+    varies, perhaps others of length 1, or all four. None if that cannot be."""
+    for axes in itertools.combinations(range(len(varies)), len(lengths)):
+        others = [n for axis, n in zip(axes, lengths) if not varies[axis]]
+        if len(axes) == 4 or len(axes) == sum(varies) + len(others) and set(others) <= {1}:
+            return axes
+
+def read_scalars(f, path, runs):
+    """{scalar: its value for each run} of an open file: the file's, or each run's own. Values are
+    rounded to float32, in which some files keep them. One that changes in time is left out."""
     scalars = {}
-    for name, d in f['scalars'].items():
-        values = np.asarray(d, float)
-        varies = values.ndim and len(values) == shape[0] and d.attrs.get('sample_varying', False)
-        scalars[name] = [float(v.ravel()[0]) for v in (values if varies else [values] * shape[0])]
-    return f, channels, scalars, shape
+    for name in f['scalars']:
+        d = f['scalars'].get(name)
+        if isinstance(d, h5py.Dataset) and np.any(d.attrs.get('time_varying', False)):
+            continue
+
+        # one value, or one for each run
+        is_number = isinstance(d, h5py.Dataset) and d.dtype.kind in 'fiub'
+        if not is_number or d.size not in (1, runs):
+            raise ValueError(f'{path}: scalar {name} has shape {getattr(d, "shape", None)}: a '
+                             f'number is needed, or one for each of the {runs} runs')
+        values = np.asarray(d, float).ravel()
+        if not np.isfinite(values).all():
+            raise ValueError(f'{path}: scalar {name} is NaN or infinite')
+        mantissa, exponent = np.frexp(values)                  # rounds without overflow
+        values = np.ldexp(np.float32(mantissa).astype(float), exponent)
+        scalars[name] = np.broadcast_to(values, runs).tolist()
+    return scalars
 
 def spatial_axes(f):
     """Names of the spatial axes of an open file."""
-    return [as_name(a) for a in f['dimensions'].attrs['spatial_dims']]
+    return [as_name(a) for a in np.ravel(f['dimensions'].attrs['spatial_dims'])]
+
+def coordinates(f, axis, shape):
+    """Along time (axis 0), x (1) or y (2) of an open file: (n,), of the first run; 0, 1, .. where
+    it does not say. shape: (runs, frames, nx, ny)."""
+    d, n = f['dimensions'].get(('time', *spatial_axes(f))[axis]), shape[axis + 1]
+    x = np.atleast_1d(d[()] if isinstance(d, h5py.Dataset) else ())
+    if axis and x.shape == shape[2:]:                          # given for each point of the grid
+        x = np.moveaxis(x, axis - 1, -1)
+    x = x.ravel()[:x.shape[-1]]                                # the first run's, or line's
+    return x[:n] if x.dtype.kind in 'fi' and len(x) >= n else np.arange(n)
 
 def as_name(text):
     """A string of an HDF5 attribute."""
@@ -115,8 +206,8 @@ def periodic_axes(path):
             axes = spatial_axes(f)
             periodic = {as_name(axis) for condition in f['boundary_conditions'].values()
                         if as_name(condition.attrs['bc_type']).upper() == 'PERIODIC'
-                        for axis in condition.attrs['associated_dims']}
-    except (OSError, KeyError):                                # open_well_file says what is wrong
+                        for axis in np.ravel(condition.attrs['associated_dims'])}
+    except (OSError, KeyError, AttributeError):                # open_well_file says what is wrong
         return False, False
     return tuple(axis in periodic for axis in axes[:2])
 
@@ -124,7 +215,7 @@ def periodic_axes(path):
 def content_key(path):
     """Hash of a file's name, size, time and 16 blocks: cheap, and new whenever it is rewritten."""
     stat = path.stat()
-    h = hashlib.sha256(f'5 {path.name} {stat.st_size} {stat.st_mtime_ns}'.encode())
+    h = hashlib.sha256(f'6 {path.name} {stat.st_size} {stat.st_mtime_ns}'.encode())
     with open(path, 'rb') as f:
         for i in range(16):
             f.seek(i * stat.st_size // 16)
@@ -135,10 +226,9 @@ def describe_file(path, crop, resolution):
     """What the cache will keep of a file, as a dict of plain types.
     crop: (from, to) of x and of y, as fractions of the grid; the fields are then resized, unless
     resolution is 0 or they would grow: then `load` resizes their windows."""
-    f, channels, scalars, (runs, frames, *grid) = open_well_file(path)
+    f, channels, scalars, shape = open_well_file(path)
+    runs, frames, *grid = shape
     with f:
-        if frames < WINDOW:
-            raise ValueError(f'{path} has {frames} frames, a window needs {WINDOW}')
         # cut, then resized if that makes it smaller
         cut = [(round(a * n), round(b * n)) for n, (a, b) in zip(grid, crop)]
         kept = [stop - start for start, stop in cut]
@@ -146,17 +236,21 @@ def describe_file(path, crop, resolution):
         stored = kept if resolution > max(kept) else size
 
         # coordinates: as F.interpolate places points, but no two alike at the ends
-        dims, points = f['dimensions'], []
-        for axis, (start, stop), n in zip(spatial_axes(f), cut, size):
-            x = dims[axis][start:stop] if axis in dims else np.arange(start, stop)
+        points = []
+        for axis, ((start, stop), n) in enumerate(zip(cut, size), 1):
+            x = coordinates(f, axis, shape)[start:stop]
             at = (np.arange(n) + 0.5) * len(x) / n - 0.5       # in grid steps, between i and i + 1
             i = np.clip(np.floor(at).astype(int), 0, max(0, len(x) - 2))
             following = np.minimum(i + 1, len(x) - 1)
             points.append((x[i] + (at - i) * (x[following] - x[i])).tolist())
-        time = np.asarray(dims.get('time', [0.0, 1.0]), float).ravel()
+        time = [*coordinates(f, 0, shape)[:2].astype(float), 0.0, 1.0][:2]
+
+        for name in f['scalars'].keys() - scalars.keys():
+            say_once(f'{name} changes in time: it is not taken for a label')
         return {'channels': list(channels), 'scalars': scalars, 'cut': cut, 'size': size,
-                'shape': [runs, len(channels), frames, *stored], 'file': [frames, *grid],
-                'grid': [*points, float(time[1] - time[0])]}      # x, y, time step
+                'components': [[d.name, list(d.components[k])] for d, k in channels.values()],
+                'shape': [runs, len(channels), frames, *stored], 'file': grid,
+                'axes': spatial_axes(f), 'grid': [*points, time[1] - time[0]]}    # x, y, time step
 
 def cache_file(path, about, target):
     """Write a file's runs to <target>.npy; `about` and the sums of each channel to <target>.json.
@@ -191,62 +285,92 @@ def read_run(path, channels, run, about):
     """The fields of a run, one after the other, with their components: (K, T, H, W) float32."""
     T, *stored = about['shape'][2:]
     cut = [slice(*c) for c in about['cut']]
-    for d in dict.fromkeys(dataset for dataset, _ in channels.values()):
-        out = np.empty((math.prod(d.shape[4:]), T, *stored), np.float32)
+    for field in dict.fromkeys(field for field, _ in channels.values()):
+        out = np.empty((len(field.components), T, *stored), np.float32)
         for t in range(0, T, FRAMES):                          # 16 frames at a time
             try:
-                x = d[(run, slice(t, t + FRAMES), *cut)]       # (frames, h, w, components)
+                x = field.read(run, slice(t, t + FRAMES), *cut)       # (frames, h, w, components)
             except OSError as e:
-                raise ValueError(f'{path}: {d.name[1:]} cannot be read ({e})') from None
-            x = np.moveaxis(x.reshape(*x.shape[:3], -1), -1, 0)       # (K, frames, h, w)
+                raise ValueError(f'{path}: {field.dataset.name[1:]} cannot be read ({e})') from None
+            x = np.moveaxis(x, -1, 0)                          # (K, frames, h, w)
             if list(x.shape[2:]) != stored:
-                x = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+                x = torch.from_numpy(np.array(x, np.float32, order='C'))
                 x = F.interpolate(x, size=stored, mode='bilinear', align_corners=False).numpy()
             out[:, t:t + FRAMES] = x
         yield out
 
-def find_cache(files, crop, resolution, folder, processes=1, progress=True):
-    """[(path without suffix, what its .json says)] of each file; what is missing is made.
+def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, progress=True):
+    """[(file, what the .json of its cache says, its path without suffix)]; what is missing is made.
+    Files too short for a window are left out. log_labels: scalars whose log10 will be taken.
     Raises ValueError, before anything is written, for files that disagree and for a full disk."""
-    targets = [folder / f'{file.stem}-{content_key(file)}' for file in files]
-    missing = [i for i, target in enumerate(targets) if not Path(f'{target}.npy').exists()]
-    about = [describe_file(file, crop, resolution) if i in missing
-             else json.loads(Path(f'{target}.json').read_text())
-             for i, (file, target) in enumerate(zip(files, targets))]
+    found = []
+    for file in files:
+        target = folder / f'{file.stem}-{content_key(file)}'
+        cached = Path(f'{target}.npy').exists()
+        about = (json.loads(Path(f'{target}.json').read_text()) if cached
+                 else describe_file(file, crop, resolution))
+        found.append((file, about, target))
 
-    # are they alike?
-    for file, a in zip(files, about):
-        if (a['channels'], a['file']) != (about[0]['channels'], about[0]['file']):
-            raise ValueError(f'{file} has other channels or another shape than {files[0]}')
-    if not missing:
-        return list(zip(targets, about))
+    # those with windows; are they alike?
+    usable = [entry for entry in found if entry[1]['shape'][2] >= WINDOW]
+    if not usable:
+        frames = found[0][1]['shape'][2]
+        raise ValueError(f'{files[0]} has {frames} frames, a window needs {WINDOW}')
+    if len(usable) < len(files) and progress:
+        say(f'{len(files) - len(usable)} of {len(files)} files in {files[0].parent} are left out: '
+            f'they have fewer than {WINDOW} frames, and so no window')
+    check_alike(usable, log_labels)
 
-    # does it fit on the disk?
+    # what is missing is made, and caches of older contents go
+    missing = [entry for entry in usable if not Path(f'{entry[2]}.npy').exists()]
+    try:
+        if missing:
+            fill_cache(missing, len(usable), folder, processes, progress)
+            kept = {Path(f'{target}{end}') for *_, target in usable for end in ('.npy', '.json')}
+            for old in set(folder.iterdir()) - kept:
+                old.unlink(missing_ok=True)
+    except ChildProcessError:                                  # it says what to do
+        raise
+    except OSError as e:
+        raise OSError(f'{folder} cannot be written ({e.strerror or e}): --cache-dir puts the '
+                      f'cache elsewhere') from None
+    return [(file, json.loads(Path(f'{target}.json').read_text()), target)
+            for file, _, target in usable]
+
+def check_alike(found, log_labels):
+    """Raise ValueError if the files of a split, as in find_cache, do not go together."""
+    first, of_first, _ = found[0]
+    for file, about, _ in found:
+        if any(about[key] != of_first[key] for key in ('components', 'axes', 'file')):
+            raise ValueError(f'{file} has other channels or another shape than {first}')
+        for name in about['scalars'].keys() ^ of_first['scalars'].keys():
+            one, other = (file, first) if name in of_first['scalars'] else (first, file)
+            raise ValueError(f'{one} has no scalar {name}, which {other} has')
+        # a logarithm needs what is positive
+        for name in about['scalars'].keys() & set(log_labels):
+            if min(about['scalars'][name]) <= 0:
+                raise ValueError(f'{file}: scalar {name}, whose logarithm is taken, is not above 0')
+
+def fill_cache(missing, number, folder, processes, progress):
+    """Make what find_cache misses of `number` files. ValueError for a full disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(4 * math.prod(about[i]['shape']) for i in missing)
+    needed = sum(4 * math.prod(about['shape']) for _, about, _ in missing)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(f'the cache of {files[0].parent} needs {needed / 1e9:.1f} GB and {folder} '
-                         f'has {free / 1e9:.1f} GB free: --cache-dir puts it elsewhere')
+        raise ValueError(f'the cache of {missing[0][0].parent} needs {needed / 1e9:.1f} GB and '
+                         f'{folder} has {free / 1e9:.1f} GB free: --cache-dir puts it elsewhere')
     if progress and needed > LARGE:
         say(f'{folder.name}: a cache of {needed / 1e9:.1f} GB from {len(missing)} files')
 
     # a library call starts no process: a script without a main guard would start itself
-    jobs = [(files[i], about[i], targets[i]) for i in missing]
-    with Progress(len(files), f'caching {folder.name}', 'file', initial=len(files) - len(missing),
+    with Progress(number, f'caching {folder.name}', 'file', initial=number - len(missing),
                   disable=not progress) as bar:
         if processes > 1 and needed >= LARGE:
-            cache_in_parallel(jobs, processes, bar)
+            cache_in_parallel(missing, processes, bar)
         else:                                                  # here
-            for job in jobs:
+            for job in missing:
                 cache_file(*job)
                 bar.update()
-
-    # caches of older contents go
-    kept = {Path(f'{target}{suffix}') for target in targets for suffix in ('.npy', '.json')}
-    for old in set(folder.iterdir()) - kept:
-        old.unlink(missing_ok=True)
-    return [(target, json.loads(Path(f'{target}.json').read_text())) for target in targets]
 
 def cache_in_parallel(jobs, processes, bar):
     """cache_file(*job) of each job, in so many processes of their own."""
@@ -264,11 +388,11 @@ def cache_in_parallel(jobs, processes, bar):
             pool.shutdown(cancel_futures=True)
 
 class Fields:
-    """The fields of all runs, (runs, C, T, H, W) float32: fields[run, :, from:to] is read.
+    """The fields of all runs, (C, T, H, W) float32 of each: fields[run, :, from:to] is read.
     paths: .npy files; runs: how many are in each. Nothing stays open between two reads."""
 
-    def __init__(self, paths, runs, shape):
-        self.paths, self.shape = paths, (sum(runs), *shape)
+    def __init__(self, paths, runs):
+        self.paths = paths
         self.first = np.cumsum([0, *runs])                     # the run that each file begins with
 
     def __getitem__(self, index):
@@ -279,8 +403,9 @@ class Fields:
 # --- a split
 class Split:
     """One split of one system, behind its cache.
-    fields: Fields, (runs, C, T, H, W). channels: names. size: (H, W) of windows. grid: x, y, time
-    step. mean, std: (C,). runs: file, trajectory and scalars of each. scalars: {name: (runs,)}.
+    fields: Fields. frames: (runs,), how many each has. channels: names. components: (field,
+    indices) of each. size: (H, W) of windows. grid: x, y, time step. mean, std: (C,). symmetries:
+    of square windows. runs: file, trajectory and scalars of each. scalars: {name: (runs,)}.
     windows: (n, 2), run and first frame. resolution: side of the resized fields (0: the file's).
     whole: keep the whole domain, not the system's part. processes: how many may make the cache."""
     def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, whole=False,
@@ -295,33 +420,38 @@ class Split:
         if cache_dir and Path(cache_dir) != root / 'cache':    # datasets may share a --cache-dir
             place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
             folder = Path(cache_dir) / f'{root.name}-{place}-{name}'
-        cached = find_cache(files, crop, resolution, folder, processes, progress)
+        cached = find_cache(files, crop, resolution, folder, system.log_labels, processes,
+                            progress)
 
         # what the files say
+        shapes = [about['shape'] for _, about, _ in cached]    # runs, C, frames, h, w
         first = cached[0][1]
         self.system, self.channels, self.grid = system, first['channels'], first['grid']
         self.size = tuple(first['size'])
-        self.fields = Fields([f'{target}.npy' for target, _ in cached],
-                             [about['shape'][0] for _, about in cached], first['shape'][1:])
-        self.files = [target.name for target, _ in cached]     # names and hashes of their contents
+        self.components = [(field, tuple(indices)) for field, indices in first['components']]
+        self.fields = Fields([f'{target}.npy' for *_, target in cached], [s[0] for s in shapes])
+        self.frames = np.repeat([s[2] for s in shapes], [s[0] for s in shapes])
+        self.files = [target.name for *_, target in cached]    # names and hashes of their contents
+        cartesian = set(first['axes']) <= set('xyz')           # in r, theta no square turns
+        self.symmetries = system.symmetries if cartesian else (0,)
 
         # runs and their scalars
         self.runs = [{'file': file.name, 'trajectory': i,
                       'scalars': {name: values[i] for name, values in about['scalars'].items()}}
-                     for file, (_, about) in zip(files, cached) for i in range(about['shape'][0])]
+                     for file, about, _ in cached for i in range(about['shape'][0])]
         self.scalars = {name: np.array([run['scalars'][name] for run in self.runs])
                         for name in self.runs[0]['scalars']}
 
         # mean and standard deviation of each channel over all runs
-        points = math.prod(self.fields.shape) / len(self.channels)
-        mean, square = sum(np.array(about['sums']) for _, about in cached).T / points
+        points = sum(map(math.prod, shapes)) / len(self.channels)
+        mean, square = sum(np.array(about['sums']) for _, about, _ in cached).T / points
         self.mean, self.std = np.float32(mean), np.float32(np.sqrt(np.maximum(square - mean**2, 0)))
         self.windows = self.windows_at(stride)
 
     def windows_at(self, stride):
         """(n, 2) of run and first frame, `stride` frames apart."""
-        starts = range(0, self.fields.shape[2] - WINDOW + 1, stride)
-        return np.array([(run, t) for run in range(len(self.runs)) for t in starts])
+        return np.array([(run, t) for run, frames in enumerate(self.frames)
+                         for t in range(0, frames - WINDOW + 1, stride)])
 
     def varying(self):
         """Names of the scalars that vary over the runs: the labels, as the files call them."""
@@ -329,8 +459,9 @@ class Split:
 
     def labels(self, names):
         """(runs, len(names)) float64; in log10 where the system says so."""
-        return np.stack([np.log10(self.scalars[name]) if name in self.system.log_labels
-                         else self.scalars[name] for name in names], 1)
+        labels = [np.log10(self.scalars[name]) if name in self.system.log_labels
+                  else self.scalars[name] for name in names]
+        return np.stack(labels, 1) if labels else np.empty((len(self.runs), 0))
 
     @functools.cached_property
     def standard_labels(self):
@@ -350,23 +481,28 @@ class Split:
     def normalization(self, normalize):
         """(mean, std), (C,) each, that fields are z-scored with; (0, 1) if not `normalize`.
         The components of a vector or tensor share one std, the root of their mean variance: a
-        turned field keeps its size. It is at least 1e-3, for a channel that hardly varies."""
+        turned field keeps its size. A channel that is constant, but for rounding, is divided by a
+        thousandth of its size; by 1 if it is zero."""
         if not normalize:
             return 0 * self.mean, 0 * self.std + 1
-        kinds = [(field, len(component)) for field, component in map(split_name, self.channels)]
-        variance = [np.mean([np.float64(s)**2 for s, k in zip(self.std, kinds) if k == kind])
-                    for kind in kinds]
-        return self.mean, np.maximum(np.float32(np.sqrt(variance)), np.float32(1e-3))
+        kinds = [(field, len(indices)) for field, indices in self.components]
+
+        def share(values):                                     # root mean square over a kind
+            return np.float32(np.sqrt([np.mean([np.float64(v)**2 for v, k in zip(values, kinds)
+                                                if k == kind]) for kind in kinds]))
+        std, size = share(self.std), share(self.mean)
+        std = np.where(std > 1e-5 * size, std, np.float32(1e-3) * size)
+        return self.mean, np.where(std > 0, std, np.float32(1))
 
     def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
         """Windows (B, 2) of run and first frame -> (B, C, frames, h, w) float32, raw units.
         crop: side of a square cut at a random place (0: the whole field). augment: a random shift
         along the periodic axes and a random symmetry of the equations. seeds: one per window."""
         H, W = self.size
-        out = torch.empty(len(windows), self.fields.shape[1], frames, crop or H, crop or W)
+        out = torch.empty(len(windows), len(self.channels), frames, crop or H, crop or W)
         h, w = out.shape[-2:]
         # quarter turns need a square
-        symmetries = [s for s in self.system.symmetries if h == w or s // 2 % 2 == 0]
+        symmetries = [s for s in self.symmetries if h == w or s // 2 % 2 == 0]
         for i, (run, t) in enumerate(windows):
             # where it is cut, and how it is turned; only an augmentation goes across the edge
             x0, y0, element = 0, 0, 0
@@ -384,7 +520,7 @@ class Split:
                 fields = F.interpolate(small, size=self.size, mode='bilinear').numpy()
             wrapped_copy(fields, x0, y0, out[i].numpy())
             if element:
-                out[i] = torch.from_numpy(transform(out[i].numpy(), self.channels, element))
+                out[i] = torch.from_numpy(transform(out[i].numpy(), self.components, element))
         return out
 
 def spread_runs(labels, seed):
@@ -406,13 +542,7 @@ def spread_runs(labels, seed):
             distance, turn = np.delete(distance, i), np.delete(turn, i)
     return np.array(order)
 
-# --- places, components and symmetries
-def split_name(channel):
-    """('velocity', 'x') of velocity_x, ('D', 'xy') of D_xy; a scalar's component is ''."""
-    field, _, component = channel.rpartition('_')
-    is_component = field and component and set(component) <= {'x', 'y'}
-    return (field, component) if is_component else (channel, '')
-
+# --- places and symmetries
 def wrapped_copy(field, x0, y0, out):
     """out (..., h, w) = field (..., H, W) from (x0, y0) on, periodically continued."""
     (H, W), (h, w) = field.shape[-2:], out.shape[-2:]
@@ -422,25 +552,25 @@ def wrapped_copy(field, x0, y0, out):
     out[..., :nx, ny:] = field[..., x0:x0 + nx, :w - ny]
     out[..., nx:, ny:] = field[..., :h - nx, :w - ny]
 
-def transform(fields, channels, element):
+def transform(fields, components, element):
     """One of the eight symmetries of the square: fields (C, T, n, n) -> the same shape.
     element = flip + 2 * turns: x -> -x if flip, then `turns` quarter turns x -> y, y -> -x.
-    Positions and components move together: v'(Rx) = R v(x), D'(Rx) = R D(x) R^T."""
+    Positions and components move together: v'(Rx) = R v(x), D'(Rx) = R D(x) R^T.
+    components: (field, indices) of each channel, as ('D', (0, 1)) for D_xy."""
     flip, turns = element % 2, element // 2
-    axis = {'x': ('x', -1 if flip else 1), 'y': ('y', 1)}      # component -> (source, sign)
+    axis = [(0, -1 if flip else 1), (1, 1)]                    # of a component: (source, sign)
 
     # positions
     if flip:
         fields = fields[..., ::-1, :]
     for _ in range(turns):                                     # new (x, y) = old (y, -x)
         fields = np.rot90(fields, axes=(-2, -1))
-        axis = {'x': (axis['y'][0], -axis['y'][1]), 'y': axis['x']}
+        axis = [(axis[1][0], -axis[1][1]), axis[0]]
 
     # components
     out = np.empty(fields.shape, fields.dtype)
-    for c, name in enumerate(channels):                        # v'_x is v_y, say, or -v_x
-        base, component = split_name(name)
-        source = base + ('_' if component else '') + ''.join(axis[a][0] for a in component)
-        sign = math.prod(axis[a][1] for a in component)        # a Python int: stays float32
-        np.multiply(fields[channels.index(source)], sign, out=out[c])
+    for c, (field, indices) in enumerate(components):          # v'_x is v_y, say, or -v_x
+        source = field, tuple(axis[i][0] for i in indices)
+        sign = math.prod(axis[i][1] for i in indices)          # a Python int: stays float32
+        np.multiply(fields[components.index(source)], sign, out=out[c])
     return out

@@ -72,6 +72,10 @@ class Run:
         self.state = from_rank_0(state)
         self.c = c = config_of(self.state, self.path)
         self.name = models.title(c.model) + (', supervised' if c.supervised else '')
+        # what it can be probed for, and how
+        self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
+        if not self.labels:
+            raise ValueError(f'{self.path} has no labels: no scalar varied over its training files')
         self.device, self.batch = pick_device(args.device), args.batch
         self.mlp_ratio = args.mlp_ratio or models.PROBE_MLP_RATIO.get(c.model, 0.0)
         # its data
@@ -81,7 +85,6 @@ class Run:
             self.splits = {name: Split(self.root, self.system, name, c.resolution, c.stride,
                                        c.cache_dir, c.whole, os.cpu_count()) for name in names}
         # do they fit together?
-        self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         self.shown = [self.system.name_of(name) for name in self.labels]
         for name, split in self.splits.items():
             if split.channels != self.channels or not set(self.labels) <= split.scalars.keys():

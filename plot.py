@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image                                                   # comes with matplotlib
 
 import model as models
-from data import find_dataset, open_well_file, spatial_axes
+from data import coordinates, find_dataset, open_well_file
 from eval import CLOCKS, PUBLISHED_ROW, checkpoints, merge_rows
 
 plt.switch_backend('Agg')                                               # no window
@@ -37,9 +37,8 @@ def read_example(path, picture):
     f, channels, _, shape = open_well_file(path)
     with f:
         names = [n for n in picture if n in channels] or list(channels)[:1]
-        shown = [dataset[(0, ..., *component)] for dataset, component in map(channels.get, names)]
-        dims, axes = f['dimensions'], ('time', *spatial_axes(f))
-        at = [dims[a][:] if a in dims else np.arange(n) for a, n in zip(axes, shape[1:])]
+        shown = [field.read(0)[..., k] for field, k in map(channels.get, names)]
+        at = [coordinates(f, axis, shape) for axis in range(3)]
     if len(names) == 1:
         return shown[0], names[0].replace('_', ' '), *at
     name = names[0].rpartition('_')[0].replace('_', ' ')

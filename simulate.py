@@ -13,8 +13,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import (SPLITS, Progress, alone_in, at_least, data_folder, option, parse, pick_device,
-                    script, write_text)
+from common import (SPLITS, Progress, alone_in, at_least, complete_file, data_folder, option, parse,
+                    pick_device, script, write_text)
 import h5py
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def record(solver, frames, dt_save, step=1, limit=np.inf, tick=lambda: None):
 # --- The Well's format
 def write_well_file(path, name, pair, fields, domain={}):
     """Write the runs at one pair of parameters, `fields` of `record`, as HDF5, atomically."""
-    system, part = find_system(name), path.with_name(path.name + '.part')
+    system = find_system(name)
     scalars = system.scalars(*pair, **domain)
     B, T, nx, ny = next(iter(fields.values())).shape[:4]
 
@@ -68,7 +68,7 @@ def write_well_file(path, name, pair, fields, domain={}):
         d = group.create_dataset(name, data=np.asarray(data, np.float32))
         d.attrs.update(dict(sample_varying=False, time_varying=False) | attributes)
 
-    with h5py.File(part, 'w') as f:
+    with complete_file(path) as part, h5py.File(part, 'w') as f:
         f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
 
@@ -101,7 +101,6 @@ def write_well_file(path, name, pair, fields, domain={}):
             g.attrs['field_names'] = np.array(names, h5py.string_dtype())
             for name in names:
                 dataset(g, name, fields[name], **varying, **symmetry)
-    part.replace(path)
 
 def write_stats(train_dir, path):
     """The Well's stats.yaml: mean, std, rms of fields and of their change between frames."""

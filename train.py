@@ -225,8 +225,10 @@ def open_data(c):
     with one_rank_first(LOCAL_RANK == 0):
         data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, c.whole,
                      processes=os.cpu_count())
-    if not data.varying():
-        raise ValueError(f'no scalar varies over the training files of {root}: nothing to probe')
+    # labels are needed by --supervised alone
+    if c.supervised and not data.varying():
+        raise ValueError(f'no scalar varies over the training files of {root}: --supervised needs '
+                         f'labels, pretraining does not')
     if c.label_fraction < 1:
         data.windows = data.with_labels(data.windows, c.label_fraction, c.seed)
     return root, data
@@ -261,8 +263,8 @@ def load_batch(data, c, step, micro):
     if c.views in ('unpaired', 'other-time'):
         where = windows + (0, FRAMES)                          # the next 16 frames
         if c.views == 'other-time':
-            last = data.fields.shape[2] - FRAMES
-            where = [(run, other_time(t, last, seed)) for (run, t), seed in zip(windows, seeds(4))]
+            where = [(run, other_time(t, data.frames[run] - FRAMES, seed))
+                     for (run, t), seed in zip(windows, seeds(4))]
         x = torch.cat([x, data.load(np.array(where), FRAMES, c.crop, c.augment, seeds(3))], 2)
     # pinned memory: the copy to the GPU goes on while it computes
     return x.pin_memory() if c.device == 'cuda' else x, labels
@@ -399,7 +401,7 @@ def announce(c, root, data, model, options, steps, step):
     """Say what is about to happen."""
     labels = ', '.join(data.system.name_of(name) for name in data.varying())
     say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
-        f'labels {labels}')
+        f'labels {labels or "none: no scalar varies, so eval.py will have nothing to score"}')
     # the settings, a paragraph for each group
     groups = {}
     for settings in c, options:

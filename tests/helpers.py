@@ -87,6 +87,8 @@ def derivatives(f):
 
 ALPHAS, ZETAS, GRID, RUNS = (-1.0, -5.0), (1.0, 9.0), 32, {'train': 2, 'valid': 1, 'test': 1}
 CHANNELS = ['concentration', 'velocity_x', 'velocity_y', 'D_xx', 'D_xy', 'D_yx', 'D_yy', 'E_xx', 'E_xy', 'E_yx', 'E_yy']
+COMPONENTS = [('concentration', ()), ('velocity', (0,)), ('velocity', (1,)),
+              *((tensor, (i, j)) for tensor in 'DE' for i in (0, 1) for j in (0, 1))]
 NAME = 'active_matter_L_10.0_zeta_{}_alpha_{}.hdf5'
 ACTIVE = find_system('active_matter')
 

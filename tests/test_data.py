@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from helpers import ACTIVE, CHANNELS, derivatives, files_of
+from helpers import ACTIVE, CHANNELS, COMPONENTS, derivatives, files_of
 from systems import find_system
 
 
@@ -34,7 +34,8 @@ def test_windows_are_the_files_values(published):
     """Channel names and order, time order, tensor components, runs: a swap anywhere would show (it is noise)."""
     split = open_split(published, stride=4)
     assert split.channels == CHANNELS
-    assert split.fields.shape == (4, 11, 40, 16, 16) and split.fields[0].dtype == np.float32
+    assert split.components == COMPONENTS and split.frames.tolist() == [40] * 4
+    assert split.fields[0].shape == (11, 40, 16, 16) and split.fields[0].dtype == np.float32
     assert split.windows.tolist() == [[run, t] for run in range(4) for t in (0, 4, 8)]
     x = split.load(split.windows)
     assert x.shape == (12, 11, 32, 16, 16) and x.dtype == torch.float32
@@ -46,12 +47,12 @@ def test_windows_are_the_files_values(published):
 
 
 def test_labels_and_normalization(published):
-    """Labels: the scalars that vary, log10 where the system says so. A channel that hardly varies is not blown up."""
+    """Labels: the scalars that vary, log10 where the system says so. A channel of rounding errors is not blown up."""
     split = open_split(published)
     split.system = dataclasses.replace(ACTIVE, log_labels=('L',))
     assert split.varying() == ['alpha']                                  # L and zeta are constant here
     assert split.labels(['L', 'alpha']).tolist() == [[1, -1], [1, -1], [1, -5], [1, -5]]
-    split.std[0] = 1e-9
+    split.std[0], split.mean[0] = 1e-9, 1
     mean, std = split.normalization(True)
     assert np.array_equal(mean, split.mean) and std[0] == np.float32(1e-3)
     for field in slice(1, 3), slice(3, 7), slice(7, 11):                 # velocity, D, E: one std for all components
@@ -91,7 +92,7 @@ def test_fields_that_would_grow_are_kept_as_they_are(published):
     expected = F.interpolate(x, size=(24, 24), mode='bilinear')
     for _ in range(2):                                                   # the second finds the cache
         split = open_split(published, resolution=24)
-        assert split.fields.shape[-2:] == (16, 16) and split.size == (24, 24) and len(split.grid[0]) == 24
+        assert split.fields[0].shape[-2:] == (16, 16) and split.size == (24, 24) and len(split.grid[0]) == 24
         assert torch.allclose(split.load([(3, 3)])[0], expected, atol=1e-6)
     part = split.load([(3, 3)], crop=20, seeds=[5])[0, 0, 0]
     assert min((expected[0, 0, i:i + 20, j:j + 20] - part).abs().max() for i in range(5) for j in range(5)) < 2e-4
@@ -124,7 +125,7 @@ def test_the_papers_part_of_the_domain(tmp_path, name, shape, cut):
     expected = F.interpolate(torch.tensor(fields[0][0][(slice(None), *cut)])[None], (32, 32), mode='bilinear')
     assert torch.allclose(torch.tensor(small.fields[0, 0]), expected[0], atol=1e-6)
     everything = data.Split(root, system, 'train', 0, progress=False, whole=True)
-    assert everything.fields.shape[-2:] == shape and everything.periodic == (True, name == 'shear_flow')
+    assert everything.fields[0].shape[-2:] == shape and everything.periodic == (True, name == 'shear_flow')
     assert len(list((root / 'cache').glob('*/*'))) == 3 * 4              # none replaced another
 
 
@@ -135,7 +136,7 @@ def test_gravity_leaves_one_mirror_symmetry(fluids):
     for seed in range(40):
         out = split.load([(7, 20)], frames=1, crop=16, augment=True, seeds=[seed])[0].numpy()
         for element in (0, 1):
-            image = data.transform(split.fields[7, :, 20:21], split.channels, element)
+            image = data.transform(split.fields[7, :, 20:21], split.components, element)
             for shift in range(32):
                 if np.array_equal(np.roll(image, -shift, -2)[:, :, :16], out):
                     seen.add((element, shift))
@@ -171,7 +172,7 @@ def test_augmentation_is_a_shift_and_a_symmetry(published):
     for seed in range(60):
         out = split.load([(0, 0)], frames=1, augment=True, seeds=[seed])[0].numpy()
         for element in range(8):
-            image = data.transform(split.fields[0, :, :1], CHANNELS, element)
+            image = data.transform(split.fields[0, :, :1], COMPONENTS, element)
             for x, y in np.argwhere(image[0, 0] == out[0, 0, 0, 0]):     # noise: at most one place
                 if np.array_equal(out, np.roll(image, (-x, -y), (-2, -1))):
                     found.append((element, x, y))
@@ -180,13 +181,13 @@ def test_augmentation_is_a_shift_and_a_symmetry(published):
 
 def test_transform_is_the_symmetry_group_of_the_square():
     x = np.random.default_rng(0).normal(size=(11, 2, 8, 8)).astype(np.float32)
-    images = [data.transform(x, CHANNELS, element) for element in range(8)]
+    images = [data.transform(x, COMPONENTS, element) for element in range(8)]
     assert np.array_equal(images[0], x) and len({image.tobytes() for image in images}) == 8
     turned = flipped = x
     for _ in range(4):
-        turned = data.transform(turned, CHANNELS, 2)
+        turned = data.transform(turned, COMPONENTS, 2)
     for _ in range(2):
-        flipped = data.transform(flipped, CHANNELS, 1)
+        flipped = data.transform(flipped, COMPONENTS, 1)
     assert np.array_equal(turned, x) and np.array_equal(flipped, x)
 
 
@@ -202,8 +203,8 @@ def test_transform_moves_components_with_positions(element):
         return [u_x, (u_y + v_x) / 2, (u_y + v_x) / 2, v_y]
 
     gradient = lambda c: strain(*derivatives(c))                         # of a gradient: the Hessian
-    flow = data.transform(np.stack([c, u, v, *gradient(c), *strain(u, v)])[:, None], CHANNELS, element)[:, 0]
+    flow = data.transform(np.stack([c, u, v, *gradient(c), *strain(u, v)])[:, None], COMPONENTS, element)[:, 0]
     assert np.allclose(flow[7:], strain(flow[1], flow[2]), atol=1e-12)
     assert np.allclose(flow[3:7], gradient(flow[0]), atol=1e-12)
-    potential = data.transform(np.stack([c, *derivatives(c), *[c] * 8])[:, None], CHANNELS, element)[:, 0]
+    potential = data.transform(np.stack([c, *derivatives(c), *[c] * 8])[:, None], COMPONENTS, element)[:, 0]
     assert np.allclose(potential[1:3], derivatives(potential[0]), atol=1e-12)
