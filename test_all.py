@@ -76,7 +76,7 @@ for name, flags in json.load(open('flags.json')).items():
     train.main([*flags, '--out', sys.argv[1] + '/' + name])
     torch.save(built[-1].network.state_dict(), sys.argv[1] + '/' + name + '/rank' + os.environ.get('RANK', '0') + '.pt')
 """)
-    own = {'jepa': [*TINY, '--chunks', 5], 'nano': NANO,
+    own = {'jepa': [*TINY, '--chunks', 5, '--recompute', 'mlp'], 'nano': NANO,
            'sigreg': [*NANO, '--loss', 'sigreg', '--target', 'ema'], 'infonce': [*NANO, '--loss', 'infonce'],
            'videomae': [*MODELS['videomae'], '--recompute'], 'vjepa': MODELS['vjepa'], 'pixels': MODELS['pixels']}
     common = ['--data-dir', well, '--dtype', 'float64', '--noise', 0, '--crop', 0, '--micro-batch', 4, '--steps', 6]

@@ -22,6 +22,7 @@ PROBE, TRAIN, VICREG, STEP = (f'tests/test_{name}.py' for name in ('probe', 'tra
 LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'speed'))
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
 BENCHMARK, CARRIES = 'tests/test_benchmark.py', 'tests/test_generalize.py'
+MEMORY = 'tests/test_memory.py'
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -44,6 +45,12 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', "'paper': dict(dtype='float32'", "'paper': dict(dtype='bfloat16'", PROTOCOL),
     ('train.py', "group['fused'] = c.device == 'cuda'", 'pass', STEP + ' -k adamw'),
     ('model.py', 'block.forward = functools', 'kept = functools', STEP + ' -k again'),
+    ('model.py', 'setattr(owner, name, functools', '(owner, name, functools', MEMORY + ' -k exact'),
+    ('model.py', 'ROWS // y[0, ..., 0]', '2**60 // y[0, ..., 0]', MEMORY + ' -k exact'),
+    ('train.py', 'scaler.unscale_(optimizer)', 'pass', MEMORY + ' -k level'),
+    ('train.py', "scaler.load_state_dict(state['scaler'])", 'pass', MEMORY + ' -k a_run_in_float16'),
+    ('train.py', "torch.float32 if c.device == 'mps' else", '', MEMORY + ' -k no_float64'),
+    ('common.py', 'including_emulation=False', '', MEMORY + ' -k emulated'),
     ('train.py', 'seeds(3)', 'seeds(2)', PROTOCOL),
     ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
     ('train.py', 'standard_labels[windows[:, 0]]', 'standard_labels[windows[:, 1] % 3]', PROTOCOL),

@@ -43,7 +43,8 @@ def test_a_run_on_the_gpu_is_one_on_the_processor(name, well, tmp_path):
                           load_run(tmp_path / 'there', 'cpu').embed(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('flags', [['--recompute'], ['--compile'], ['--dtype', 'auto']])
+@pytest.mark.parametrize('flags', [['--recompute'], ['--recompute', 'mlp'], ['--compile'], ['--dtype', 'auto'],
+                                   ['--dtype', 'float16']])
 def test_ways_to_run(flags, well, tmp_path):
     run('train.py', *BASE, *RIVALS['videomae'], '--model', 'videomae', '--steps', 4, *flags, *ON_GPU, well,
         '--out', 'out', cwd=tmp_path)
@@ -56,7 +57,8 @@ def test_ways_to_run(flags, well, tmp_path):
 def test_bfloat16_is_chosen_by_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c, _, _ = train.parse([*map(str, TINY), '--device', 'auto', '--dtype', 'auto'], '')
-    assert c.device == 'cuda' and c.dtype == ('bfloat16' if torch.cuda.is_bf16_supported() else 'float32')
+    assert c.device == 'cuda' and c.dtype == (
+        'bfloat16' if torch.cuda.get_device_capability() >= (8, 0) else 'float16')
 
 
 @gpu_only
