@@ -2,6 +2,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -164,8 +165,8 @@ def test_seeds_reach_data_and_probe(well, here, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(simulate, 'make_dataset', lambda *how: asked.append(how))
     with pytest.raises(SystemExit):                                      # nothing was simulated
-        train(['--data-dir', str(here / 'new'), '--seed', '7'])
-    assert asked == [('active_matter', here / 'new', 'nano', 7)]
+        train(['--seed', '7'])
+    assert asked == [('active_matter', Path('data'), 'nano', 7)]
     made(well, 'out/a', '--seed', 3)
     assert 'seeds: data none, training 3, probe 3' in says(capsys, *QUICK)
     (well / 'active_matter' / 'simulated.json').write_text('{"preset": "nano", "seed": 5}')
