@@ -241,8 +241,7 @@ class Split:
                  processes=1, progress=RANK == 0):
         root, files = Path(root), well_files(root, split)
         if not files:
-            raise ValueError(f"no HDF5 files in {root / 'data' / split}: point --data-dir at a "
-                             f"folder in The Well's layout")
+            raise ValueError(f'{root} has no HDF5 files in {split}/: download this split, too')
         crop, self.periodic = system.part(whole)
         name = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '')
         folder = root / 'cache' / name

@@ -5,10 +5,9 @@ Pretrain an encoder on windows of physical fields.
     torchrun --nproc_per_node=8 train.py --data NAME           # data parallel, a process per GPU
     python train.py --data NAME --model NAME --help            # the settings of this model and data
 
-With no dataset on disk, a small one is simulated first; never where --data-dir says there is one.
-The same command again resumes the run; a larger --steps extends it. Everything random in step s is
-drawn from (seed, s): a run that is killed and resumed, or split over ranks, sees the same windows
-and masks.
+Without --data-dir, a small dataset is simulated first. The same command again resumes the run; a
+larger --steps extends it. Everything random in step s is drawn from (seed, s): a run that is killed
+and resumed, or split over ranks, sees the same windows and masks.
 """
 import contextlib
 import json
@@ -33,7 +32,7 @@ import model as models
 import simulate
 from data import Split, describe_file, find_dataset, read_recipe
 from systems import DEFAULT, System
-from systems.datasets import all_files, summary, system_name
+from systems.datasets import summary, system_name, well_files
 
 of_data, of_optimizer = partial(option, group='data'), partial(option, group='optimisation')
 of_machine = partial(option, group='machine')
@@ -106,7 +105,7 @@ def parse(argv, description, missing=False):
     told = early.data_dir or str(folder) == os.environ.get('THE_WELL_DATA_DIR')
     missing = missing or not told or '--help' in rest
     root, system, simulated = find_dataset(early.data, folder, missing)
-    files, name = all_files(root), system_name(root, early.data)
+    files, name = well_files(root), system_name(root, early.data)
     if not files and not simulated:
         simulated = 'smoke' if early.preset == 'smoke' else 'nano'       # as it will be
     made_for = simulated if simulated in ('nano', 'smoke') else 'paper'
@@ -213,7 +212,7 @@ def open_data(c):
     with one_rank_first(RANK == 0):
         root, system, _ = find_dataset(c.data, c.data_dir, missing=RANK == 0)
         recipe = read_recipe(root)                             # of one that is half simulated
-        if RANK == 0 and not recipe and not all_files(root):
+        if RANK == 0 and not recipe and not well_files(root):
             recipe = {'preset': 'smoke' if c.preset == 'smoke' else 'nano', 'seed': c.seed}
             say(f'No {c.data} dataset in {root.parent}: simulating one (see simulate.py --help).')
         if RANK == 0 and recipe and system.presets and root.name == c.data:

@@ -247,7 +247,7 @@ def evaluated(folder, script, *flags):
     """All that is said and written of out/a, but for the time it took."""
     said = run(script, 'out/a', *flags, *QUICK, '--save-embeddings', 'kept.npz', cwd=folder).stdout
     result, kept = json.loads((folder / 'out/a/eval.json').read_text()), np.load(folder / 'kept.npz')
-    assert len(result['rows']) == 5 and said.count('MSE of z-scored parameters') == 1
+    assert len(result['rows']) == 4 and said.count('MSE of z-scored parameters') == 1
     return ({k: v for k, v in result.items() if k not in ('seconds', 'command')}, {k: kept[k].tolist() for k in kept},
             [line for line in said.splitlines() if ' min, peak memory ' not in line])
 
