@@ -25,50 +25,20 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from systems import System, find_system
+from systems.datasets import as_name, find_dataset, read_recipe, well_files, why_unreadable
 
 say_once = functools.cache(say)
 LARGE = 2**30               # bytes: a larger cache is announced, and made by several processes
 
-# --- datasets and their files
-def find_dataset(name, data_dir):
-    """(folder, System, preset it was simulated with or None) of a dataset, which may be missing.
-    The folder is `data_dir`/`name` or, where the-well-download puts it, `data_dir`/datasets/`name`.
-    Raises ValueError for a system that has neither a file in systems/ nor a dataset."""
-    root = Path(data_dir) / name
-    if not root.exists() and (root.parent / 'datasets' / name).exists():
-        root = root.parent / 'datasets' / name
-    # a dataset without a file in systems/ works too, with what its own files say
-    try:
-        system = find_system(name)
-    except ValueError as unknown:
-        files = sorted(root.glob('data/*/*.h*5'))
-        if not files:
-            raise ValueError(f'{unknown}, and {root.parent} has no dataset of that name') from None
-        system = System(periodic=periodic_axes(files[0]))
-    return root, system, read_recipe(root).get('preset')
-
-def read_recipe(root):
-    """How a dataset was simulated: <root>/simulated.json, or {}. ValueError if it is damaged."""
-    note = Path(root) / 'simulated.json'
-    try:
-        recipe = json.loads(note.read_text()) if note.exists() else {}
-        if recipe and not {'preset', 'seed'} <= recipe.keys():
-            raise KeyError('preset, seed')
-        return recipe or {}
-    except (ValueError, AttributeError, KeyError):
-        raise ValueError(f'{note} is damaged: delete {root}, or change --data-dir') from None
-
+# --- files
 def open_well_file(path):
     """(h5py.File, {channel: (Field, number of its component)}, {scalar: its value for each run},
     (runs, frames, nx, ny)). Channels in the file's order: t0, t1, t2 fields, alphabetical in a
     group, components last index fastest (velocity_x, D_xy). Raises ValueError naming the file."""
     try:
         f = h5py.File(path, 'r')
-    except OSError as e:                                       # perhaps what a failed download left
-        with open(path, 'rb') as raw:
-            why = 'a web page: the download failed' if raw.read(512).lstrip()[:1] == b'<' else e
-        raise ValueError(f'{path} is unreadable ({why}): download or simulate it again') from None
+    except OSError as e:
+        raise ValueError(why_unreadable(path, e)) from None
 
     # is it as we need it?
     for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
@@ -194,22 +164,6 @@ def coordinates(f, axis, shape):
         x = np.moveaxis(x, axis - 1, -1)
     x = x.ravel()[:x.shape[-1]]                                # the first run's, or line's
     return x[:n] if x.dtype.kind in 'fi' and len(x) >= n else np.arange(n)
-
-def as_name(text):
-    """A string of an HDF5 attribute."""
-    return text.decode() if isinstance(text, bytes) else str(text)
-
-def periodic_axes(path):
-    """Is (x, y) periodic, by a file's `boundary_conditions`? No, where it does not say so."""
-    try:
-        with h5py.File(path, 'r') as f:
-            axes = spatial_axes(f)
-            periodic = {as_name(axis) for condition in f['boundary_conditions'].values()
-                        if as_name(condition.attrs['bc_type']).upper() == 'PERIODIC'
-                        for axis in np.ravel(condition.attrs['associated_dims'])}
-    except (OSError, KeyError, AttributeError):                # open_well_file says what is wrong
-        return False, False
-    return tuple(axis in periodic for axis in axes[:2])
 
 # --- the cache
 def content_key(path):
@@ -410,10 +364,9 @@ class Split:
     whole: keep the whole domain, not the system's part. processes: how many may make the cache."""
     def __init__(self, root, system, split, resolution=0, stride=1, cache_dir=None, whole=False,
                  processes=1, progress=RANK == 0):
-        root, files = Path(root), sorted(Path(root, 'data', split).glob('*.h*5'))
+        root, files = Path(root), well_files(root, split)
         if not files:
-            raise ValueError(f"no HDF5 files in {root / 'data' / split}: point --data-dir at a "
-                             f"folder in The Well's layout")
+            raise ValueError(f'{root} has no HDF5 files in {split}/: download this split, too')
         crop, self.periodic = system.part(whole)
         name = f'{split}-{resolution or "full"}' + ('-whole' if crop != system.crop else '')
         folder = root / 'cache' / name

@@ -33,6 +33,7 @@ import model as models
 import probe
 from benchmark import finetune, generalize
 from data import Split, find_dataset, read_recipe
+from systems.datasets import is_complete, summary
 from systems.numerics import Grid
 from train import config_of
 
@@ -282,6 +283,7 @@ def evaluate(paths, args):
     most = runs[0].system.probe_windows if args.probe == 'paper' else ()
     for run in runs:
         run.probe_on(max(r.stride for r in runs), most)
+    say(summary(runs[0].c.data, runs[0].root, runs[0].splits))
     results, statistics = [], {}
     for run in runs:
         # what is probed
@@ -322,9 +324,10 @@ def result_of(run, args, found):
         rows, generalization = rows | row, generalization | carried
     rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
     scores, by_run = score(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
-    # the paper's number, for its own data
+    # the paper's number, for its own data: real, complete, with all labels
     published = models.PUBLISHED.get(run.c.model, {}).get(run.c.data)
-    if published and not run.c.supervised and not read_recipe(run.root):          # of real data
+    theirs = not read_recipe(run.root) and is_complete(run.root, run.system, run.splits)
+    if published and theirs and not run.c.supervised and {*run.system.symbols} <= {*run.shown}:
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
     # the trained encoder, in numbers
     means = found[0][2]['train']                               # (n, D)

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image                                                   # comes with matplotlib
 
 import model as models
-from data import coordinates, find_dataset, open_well_file
+from data import coordinates, find_dataset, open_well_file, well_files
 from eval import CLOCKS, PUBLISHED_ROW, checkpoints, merge_rows
 
 plt.switch_backend('Agg')                                               # no window
@@ -47,7 +47,7 @@ def read_example(path, picture):
 def files_by_labels(root, labels=()):
     """({values of two labels: path} of test, the two: of `labels`, else of scalars that vary)."""
     scalars = {}
-    for path in sorted((root / 'data' / 'test').glob('*.h*5')):
+    for path in well_files(root, 'test'):
         f, _, values, _ = open_well_file(path)
         f.close()
         scalars[path] = {name: of_runs[0] for name, of_runs in values.items()}

@@ -21,6 +21,7 @@ import torch
 
 from data import read_recipe
 from systems import find_system, system_names
+from systems.datasets import well_files
 
 RESOLVED = 1e-3     # largest share of energy in the last third of the spectrum of a resolved run
 MEMORY = 4e9        # bytes of fields held at once: so many batches are simulated side by side
@@ -144,7 +145,7 @@ def make_dataset(name, data_dir, preset='nano', seed=0, unresolved=False, device
     instead = 'choose another --data-dir'
     if note.exists() and read_recipe(root) != json.loads(json.dumps(recipe)):
         raise ValueError(f'{root} was made with other settings ({note}): delete it or {instead}')
-    if not note.exists() and any(root.glob('data/*/*.hdf5')):
+    if not note.exists() and well_files(root):
         raise ValueError(f'{root} holds files that this script did not write: {instead}')
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):                                                # no other process

@@ -5,7 +5,7 @@ Pretrain an encoder on windows of physical fields.
     torchrun --nproc_per_node=8 train.py --data NAME           # data parallel, a process per GPU
     python train.py --data NAME --model NAME --help            # the settings of this model and data
 
-With no dataset on disk, a small one is simulated first. The same command again resumes the run; a
+Without --data-dir, a small dataset is simulated first. The same command again resumes the run; a
 larger --steps extends it. Everything random in step s is drawn from (seed, s): a run that is killed
 and resumed, or split over ranks, sees the same windows and masks.
 """
@@ -32,6 +32,7 @@ import model as models
 import simulate
 from data import Split, describe_file, find_dataset, read_recipe
 from systems import DEFAULT, System
+from systems.datasets import summary, system_name, well_files
 
 of_data, of_optimizer = partial(option, group='data'), partial(option, group='optimisation')
 of_machine = partial(option, group='machine')
@@ -92,16 +93,22 @@ SMOKE = dict(steps=20, batch=16, micro_batch=16)               # on top of nano
 MAY_CHANGE = 'data_dir cache_dir out device save_every recompute compile steps epochs'.split()
 GONE = 'cache', 'log_every'
 
-def parse(argv, description):
-    """(Config, the model's module, its Options) of argv or the command line. ValueError if bad."""
+def parse(argv, description, missing=False):
+    """(Config, the model's module, its Options) of argv or the command line. ValueError if bad.
+    missing: the dataset need not be there, even where --data-dir says so."""
     # the defaults of the other flags depend on these
     first = Parser('', add_help=False)
     first.add_dataclass(Config)
-    early = Config(**vars(first.parse_known_args(argv)[0]))
+    early, rest = first.parse_known_args(argv)
+    early = Config(**vars(early))
     module = models.find_model(early.model)
+
+    # the data: where we are told that they are, nothing is simulated
     folder = data_folder(early.data_dir, SMOKE_DATA if early.preset == 'smoke' else '')
-    root, system, simulated = find_dataset(early.data, folder)
-    files = sorted(root.glob('data/*/*.h*5'))
+    told = early.data_dir or str(folder) == os.environ.get('THE_WELL_DATA_DIR')
+    missing = missing or not told or '--help' in rest
+    root, system, simulated = find_dataset(early.data, folder, missing)
+    files, name = well_files(root), system_name(root, early.data)
     if not files and not simulated:
         simulated = 'smoke' if early.preset == 'smoke' else 'nano'       # as it will be
     made_for = simulated if simulated in ('nano', 'smoke') else 'paper'
@@ -109,14 +116,15 @@ def parse(argv, description):
 
     # default < preset < flag
     settings = {f.name: f.default for cls in (Config, module.Options) for f in fields(cls)}
-    settings |= system.protocol() | preset_settings(module, preset, early.data)
-    parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {early.data}.')
+    settings |= system.protocol() | preset_settings(module, preset, name)
+    parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {name}.')
     parser.add_dataclass(Config, settings)
     parser.add_dataclass(module.Options, settings)
     flags = vars(parser.parse_args(argv))                      # those that were given
     if 'epochs' in flags and 'steps' not in flags:             # a preset may have set the steps
         flags['steps'] = -1
-    settings |= flags | dict(preset=preset, data_dir=str(folder))
+    settings |= flags | dict(preset=preset, data=name,
+                             data_dir=str(folder if name == early.data else root))
     c, options = (cls(**{f.name: settings[f.name] for f in fields(cls)})
                   for cls in (Config, module.Options))
     complete(c)
@@ -213,18 +221,19 @@ def complete(c):
 def open_data(c):
     """(folder, Split) of the training data: simulated, if missing, and cached."""
     with one_rank_first(RANK == 0):
-        root, system, _ = find_dataset(c.data, c.data_dir)
+        root, system, _ = find_dataset(c.data, c.data_dir, missing=RANK == 0)
         recipe = read_recipe(root)                             # of one that is half simulated
-        if RANK == 0 and not recipe and not any(root.glob('data/*/*.h*5')):
+        if RANK == 0 and not recipe and not well_files(root):
             recipe = {'preset': 'smoke' if c.preset == 'smoke' else 'nano', 'seed': c.seed}
             say(f'No {c.data} dataset in {root.parent}: simulating one (see simulate.py --help).')
-        if RANK == 0 and recipe and system.presets:
+        if RANK == 0 and recipe and system.presets and root.name == c.data:
             simulate.make_dataset(c.data, root.parent, recipe['preset'], recipe['seed'])
 
     # each node has a cache of its own
     with one_rank_first(LOCAL_RANK == 0):
         data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, c.whole,
                      processes=os.cpu_count())
+    say(summary(c.data, root, {'train': data}))
     # labels are needed by --supervised alone
     if c.supervised and not data.varying():
         raise ValueError(f'no scalar varies over the training files of {root}: --supervised needs '

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator
 import model as models
 from benchmark.report import (EXPERIMENT, HERE, errors_of, floor_of, label_curves, read_cells,
                               read_records, results_of)
-from data import find_dataset
+from data import find_dataset, well_files
 from eval import SHARED
 from plot import (PROBES, STYLE, canvas, corners, files_by_labels, limits, plt, read_example, save,
                   show, values_of)
@@ -154,8 +154,8 @@ def draw_labels(args, cells):
 def draw_systems(args, cells, columns=5):
     """A test run of each system whose dataset is on disk, at its largest parameters."""
     folder = data_folder(args.data_dir, 'data/seed0' if Path('data/seed0').exists() else '')
-    found = {name: find_dataset(name, folder)[:2] for name in system_names()}
-    there = {name: place for name, place in found.items() if any(place[0].glob('data/test/*.h*5'))}
+    found = {name: find_dataset(name, folder, missing=True)[:2] for name in system_names()}
+    there = {name: place for name, place in found.items() if well_files(place[0], 'test')}
     if not there:
         raise ValueError(f'no dataset in {folder}')
 

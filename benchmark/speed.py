@@ -70,7 +70,8 @@ def settings(name, device, *flags):
     preset = 'paper' if device == 'cuda' else 'nano'
     with tempfile.TemporaryDirectory() as empty:                         # no dataset, and no run
         c, _, options = train.parse(['--model', name, '--preset', preset, '--device', device,
-                                     '--data-dir', empty, '--out', empty, *map(str, flags)], '')
+                                     '--data-dir', empty, '--out', empty, *map(str, flags)], '',
+                                     missing=True)
     c.batch = c.micro_batch
     return c, options
 

@@ -41,6 +41,7 @@ class System:
     lr: float = 1e-4
     epochs: float = 30.0
     probe_windows: tuple = (None, None)     # at most, of train and valid, in its probe
+    published: dict = field(default_factory=dict)   # {split: (files, runs)} of The Well's files
 
     # how it is simulated and written; a system without a solver is not simulated
     solver: callable = None                 # (pairs, [[seed, split, pair, run]], Preset, device)

@@ -191,6 +191,7 @@ SYSTEM = System(
     periodic=(True, True), symmetries=tuple(range(8)), symbols={'alpha': 'α', 'zeta': 'ζ'},
     picture=('velocity_x', 'velocity_y'), statistics=statistics,
     resolution=224, stride=1, noise=1.0, lr=1e-3, epochs=30.0, solver=solver, dt_save=0.25,
+    published=dict(train=(45, 175), valid=(16, 24), test=(21, 26)),
     scalars=lambda alpha, zeta, box=BOX: {'L': box, 'zeta': zeta, 'alpha': alpha},
     axes=lambda nx, ny, box=BOX: [np.arange(n) * box / n for n in (nx, ny)],
     file='active_matter_L_{L}_zeta_{zeta}_alpha_{alpha}.hdf5',

@@ -21,6 +21,7 @@ PROTOCOL, EVAL, DATA, CACHE = (f'tests/test_{name}.py' for name in ('protocol', 
 PROBE, TRAIN, VICREG, STEP = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg', 'step'))
 LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'speed'))
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
+DATASETS = 'tests/test_datasets.py'
 BENCHMARK, CARRIES = 'tests/test_benchmark.py', 'tests/test_generalize.py'
 MEMORY = 'tests/test_memory.py'
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
@@ -214,7 +215,7 @@ MUTANTS = [                                              # file, what stands the
     ('benchmark/cells.py', 'ThreadPoolExecutor(jobs)', 'ThreadPoolExecutor(1)', BENCHMARK + ' -k two_jobs'),
     ('benchmark/cells.py', "{'paper-tables', 'fewer-labels'} & {*asked}", 'True', BENCHMARK + ' -k ends_in'),
     ('benchmark/cells.py', "name == 'longest' or ", '', BENCHMARK + ' -k ends_in'),
-    ('benchmark/cells.py', "cell.preset == 'paper' and not", "args.preset == 'paper' and not",
+    ('benchmark/cells.py', "if cell.preset == 'paper':", "if args.preset == 'paper':",
      BENCHMARK + ' -k made_is'),
     # its tables
     ('benchmark/report.py', 'titles.setdefault(str(errors), title)', 'titles[title] = title', TABLES),
@@ -237,6 +238,17 @@ MUTANTS = [                                              # file, what stands the
     ('benchmark/report.py', "if r.get('cost')]", ']', TABLES),
     ('benchmark/report.py', "* r['run']['windows_seen']", '', TABLES),
     ('benchmark/report.py', 'if new != text:', 'if False:', TABLES),
+    # finding the data
+    ('systems/datasets.py', 'if place in visited:', 'if False:', DATASETS + ' -k loops'),
+    ('systems/datasets.py', 'islice(queue, MOST)', 'queue', DATASETS + ' -k loops'),
+    ('systems/datasets.py', 'elif depth < DEPTH:', 'else:', DATASETS + ' -k loops'),
+    ('systems/datasets.py', "n != 'cache' and ", '', DATASETS + ' -k loops'),
+    ('systems/datasets.py', ' and not another', '', DATASETS + ' -k is_not_there'),
+    ('systems/datasets.py', 'top not in (root, root.parent, ', 'top in (', DATASETS + ' -k other_seeds'),
+    ('systems/datasets.py', 'if len(roots) != 1:', 'if not roots:', DATASETS + ' -k two_of_them'),
+    ('train.py', 'missing or not told or', 'True or', DATASETS + ' -k is_not_there'),
+    ('eval.py', ' and is_complete(', ' or is_complete(', DATASETS + ' -k papers_number'),
+    ('eval.py', ' and {*run.system.symbols} <= {*run.shown}', '', DATASETS + ' -k papers_number'),
     # the rest
     ('common.py', 'mean.numel() - 1)', 'mean.numel())', 'tests/test_model.py -k spread'),
     ('baselines/disco.py', 'if max_steps > 4', 'if max_steps > 5', 'tests/test_disco.py -k again'),

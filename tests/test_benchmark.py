@@ -48,7 +48,7 @@ def put(name, *args, **changes):
 def put_run(name, step=None, cell=None, **changes):
     """A checkpoint, as if the cell had been trained, up to `step` or to the end."""
     cell = cell or cell_of(name)
-    c, _, options = train.parse(cell.train[1:], '')
+    c, _, options = train.parse(cell.train[1:], '', missing=True)
     cell.run.mkdir(parents=True, exist_ok=True)
     torch.save({**dict.fromkeys(models.IN_CHECKPOINT), 'inputs': {'channels': []}, 'mean': [], 'std': [],
                 'config': dataclasses.asdict(c) | changes, 'options': dataclasses.asdict(options),

@@ -2,6 +2,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -164,8 +165,8 @@ def test_seeds_reach_data_and_probe(well, here, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(simulate, 'make_dataset', lambda *how: asked.append(how))
     with pytest.raises(SystemExit):                                      # nothing was simulated
-        train(['--data-dir', str(here / 'new'), '--seed', '7'])
-    assert asked == [('active_matter', here / 'new', 'nano', 7)]
+        train(['--seed', '7'])
+    assert asked == [('active_matter', Path('data'), 'nano', 7)]
     made(well, 'out/a', '--seed', 3)
     assert 'seeds: data none, training 3, probe 3' in says(capsys, *QUICK)
     (well / 'active_matter' / 'simulated.json').write_text('{"preset": "nano", "seed": 5}')
@@ -246,7 +247,7 @@ def evaluated(folder, script, *flags):
     """All that is said and written of out/a, but for the time it took."""
     said = run(script, 'out/a', *flags, *QUICK, '--save-embeddings', 'kept.npz', cwd=folder).stdout
     result, kept = json.loads((folder / 'out/a/eval.json').read_text()), np.load(folder / 'kept.npz')
-    assert len(result['rows']) == 5 and said.count('MSE of z-scored parameters') == 1
+    assert len(result['rows']) == 4 and said.count('MSE of z-scored parameters') == 1
     return ({k: v for k, v in result.items() if k not in ('seconds', 'command')}, {k: kept[k].tolist() for k in kept},
             [line for line in said.splitlines() if ' min, peak memory ' not in line])
 
