@@ -359,10 +359,8 @@ def initial_model(c, module, options, data, state):
     size = (c.crop, c.crop) if c.crop else data.size
     inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic, size,
                            is_paired(c), start['inputs']['published'] if start else bool(c.init))
-    # a run that goes on keeps its mean and std
-    mean, std = data.normalization(c.normalize) if not state else (state['mean'], state['std'])
-    model = models.build_model(c.model, options, inputs, mean, std, c.seed, c.dtype,
-                               len(data.varying()) if c.supervised else 0)
+    model = models.build_model(c.model, options, inputs, *data.normalization(c.normalize), c.seed,
+                               c.dtype, len(data.varying()) if c.supervised else 0)
 
     if start:                                                  # the weights of a run of train.py
         if start['inputs']['channels'] != data.channels:       # names, in order
@@ -406,7 +404,7 @@ def check_data(c, root, data, data_hash, state, checkpoint):
     # of older runs only statistics are known
     mean, std = data.normalization(c.normalize)
     labels = [data.labels([name]) for name in data.varying()]  # (runs, 1) each
-    now = [*mean, *std, *(v.mean() for v in labels), *(v.std() for v in labels)]
+    now = [*mean, *std, *map(np.mean, labels), *map(np.std, labels)]
     there = [v for k in ('mean', 'std', 'label_mean', 'label_std') for v in state[k]]
     alike = len(now) == len(there) and np.allclose(now, there, rtol=1e-3, atol=1e-6)
     if not alike or state.get('data_hash', data_hash) != data_hash:
