@@ -14,12 +14,17 @@ import io
 import math
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+# Ctrl-C while our scripts import PyTorch: no traceback
+if (Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -123,8 +128,44 @@ def at_least(settings, low, *names):
         if value < low:
             raise ValueError(f'--{name.replace("_", "-")} must be at least {low}, not {value}')
 
+# --- how a script ends
+SIGNALS = [s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1')]
+
+class Stop(contextlib.ContextDecorator):
+    """A signal ends a script in one line, with exit code 128 + its number. It is raised as
+    KeyboardInterrupt. Where `waits` is true it is only noted as `number`: the script says `where`
+    it stops. A second one ends the process at once."""
+    number, waits, where = 0, False, ''
+
+    def __enter__(self):
+        self.number, self.waits, self.where = 0, False, ''
+        # what is ignored stays ignored, as Ctrl-C is by what a shell runs in the background
+        self.before = {s: signal.signal(s, self.receive) for s in SIGNALS
+                       if signal.getsignal(s) != signal.SIG_IGN}
+
+    def __exit__(self, kind, error, trace):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        if kind is KeyboardInterrupt or self.where:
+            number = self.number or signal.SIGTERM             # another rank's
+            if RANK == 0:
+                print(f'stopped by {signal.Signals(number).name}{self.where}', file=sys.stderr)
+            sys.exit(128 + number)
+
+    def receive(self, number, frame):
+        if not self.number:
+            self.number, self.came = number, time.monotonic()
+            if not self.waits:
+                raise KeyboardInterrupt
+        # torchrun repeats what its processes may have had from the scheduler
+        elif 'TORCHELASTIC_RUN_ID' not in os.environ or time.monotonic() > self.came + 2:
+            os._exit(128 + number)
+
+STOP = Stop()
+
 def script(main):
     """Decorate main(): an error that a user can mend ends in one line and exit code 2."""
+    @STOP
     @functools.wraps(main)
     def wrapped(*args):
         keep_freed_memory()
@@ -132,6 +173,7 @@ def script(main):
             main(*args)
             end_ranks()
         except Exception as e:                                 # what a user can mend: no traceback
+            STOP.waits = False
             if said := out_of_memory(e):
                 file = Path(main.__code__.co_filename).name
                 e = MemoryError(f'{said}: {LESS_MEMORY.get(file, "try smaller sizes")}')

@@ -17,10 +17,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from common import FRAMES, RANK, WINDOW, Progress, say, write_text
+from common import FRAMES, RANK, SIGNALS, WINDOW, Progress, say, write_text
 import h5py
 import numpy as np
 import torch
@@ -330,16 +332,29 @@ def cache_in_parallel(jobs, processes, bar):
     """cache_file(*job) of each job, in so many processes of their own."""
     spawn = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs), 8), spawn) as pool:
-        futures = [pool.submit(cache_file, *job) for job in jobs]
+        futures = [pool.submit(cache_in_process, *job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()                                # raises what the process raised
                 bar.update()
+        except KeyboardInterrupt:                              # a signal
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         except BrokenProcessPool:
             raise ChildProcessError(f'a process that cached {jobs[0][0].parent} was killed, '
                                     f'perhaps for its memory: run this again') from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+def cache_in_process(*job):
+    """cache_file in a process of its own. A signal ends it, and no part of a file is left."""
+    for s in SIGNALS:
+        signal.signal(s, lambda *_: sys.exit())
+    try:
+        cache_file(*job)
+    except SystemExit:                                         # else the next job would begin
+        os._exit(1)
 
 class Fields:
     """The fields of all runs, (C, T, H, W) float32 of each: fields[run, :, from:to] is read.
@@ -385,6 +400,7 @@ class Split:
         self.fields = Fields([f'{target}.npy' for *_, target in cached], [s[0] for s in shapes])
         self.frames = np.repeat([s[2] for s in shapes], [s[0] for s in shapes])
         self.files = [target.name for *_, target in cached]    # names and hashes of their contents
+        self.paths = files
         cartesian = set(first['axes']) <= set('xyz')           # in r, theta no square turns
         self.symmetries = system.symmetries if cartesian else (0,)
 
@@ -405,6 +421,18 @@ class Split:
         """(n, 2) of run and first frame, `stride` frames apart."""
         return np.array([(run, t) for run, frames in enumerate(self.frames)
                          for t in range(0, frames - WINDOW + 1, stride)])
+
+    def data_hash(self):
+        """Hash of channels, scalars and 16 blocks of each file, whatever its place and time."""
+        scalars = {name: values.tolist() for name, values in self.scalars.items()}
+        h = hashlib.sha256(json.dumps([self.channels, scalars]).encode())
+        for path in self.paths:
+            size = path.stat().st_size
+            with open(path, 'rb') as f:
+                for i in range(16):
+                    f.seek(i * size // 16)
+                    h.update(f.read(2**15))
+        return h.hexdigest()
 
     def varying(self):
         """Names of the scalars that vary over the runs: the labels, as the files call them."""

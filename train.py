@@ -8,18 +8,22 @@ Pretrain an encoder on windows of physical fields.
 Without --data-dir, a small dataset is simulated first. The same command again resumes the run; a
 larger --steps extends it. Everything random in step s is drawn from (seed, s): a run that is killed
 and resumed, or split over ranks, sees the same windows and masks.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after its step, with a checkpoint and exit code 143,
+130 or 138 (128 + signal); a second one ends it at once. docs/slurm.md has a job that is requeued.
 """
 import contextlib
 import json
 import math
 import os
+import re
 import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, WORLD, Parser, Progress, as_text,
+from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, as_text,
                     at_least, data_folder, fast_dtype, from_rank_0, git_hash, one_rank_first,
                     option, peak_memory, pick_device, prefetch, read_tensors, say, script,
                     start_ranks, write_tensors, write_text)
@@ -77,6 +81,8 @@ class Config:
     dtype: str = of_machine('auto', 'float32, float64, bfloat16, float16 (its loss is scaled), or '
                             'auto: on a GPU bfloat16, or float16 where there is none')
     save_every: int = of_machine(100, 'steps between checkpoints')
+    save_minutes: float = of_machine(10.0, 'minutes between checkpoints, if that is sooner')
+    keep_every: int = of_machine(0, 'steps between checkpoints kept as ckpt-<step>.pt; 0: none')
     recompute: str = of_machine('auto', 'in the backward pass, for less memory: no; mlp, of each '
                                 'block; blocks (alone, too); auto: mlp on a GPU', bare='blocks')
     compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
@@ -89,8 +95,10 @@ PRESETS = {
                  batch=32, micro_batch=32, steps=2400,         # 76,800 windows, minutes on a CPU
                  lr=1e-3, warmup_epochs=0.5)}
 SMOKE = dict(steps=20, batch=16, micro_batch=16)               # on top of nano
-# what may change when a run goes on; and settings of old runs that are gone
-MAY_CHANGE = 'data_dir cache_dir out device save_every recompute compile steps epochs'.split()
+# what no result depends on; what may change when a run goes on; and what is gone of old runs
+OF_MACHINE = ('data_dir cache_dir out device save_every save_minutes keep_every recompute '
+              'compile').split()
+MAY_CHANGE = [*OF_MACHINE, 'steps', 'epochs', 'micro_batch', 'dtype']
 GONE = 'cache', 'log_every'
 
 def parse(argv, description, missing=False):
@@ -175,7 +183,7 @@ def complete(c):
     """Fill in what depends on the rest of a Config; ValueError for what will not do."""
     at_least(c, 1, 'stride', 'batch', 'save_every')
     at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs',
-             'weight_decay', 'seed')
+             'weight_decay', 'seed', 'save_minutes', 'keep_every')
     at_least(c, -1, 'steps')
     for name in 'lr', 'epochs':
         if getattr(c, name) <= 0:
@@ -293,6 +301,7 @@ def learning_rate(step, steps, warmup, peak, low):
 
 def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     """A step of the optimizer on the next batches -> {term: mean}. forward: the network or its DDP.
+    The term 'stop' is not 0 if a rank was told to stop: all see it after the same step.
 
     Raises FloatingPointError, before any weight moves, if the loss or a gradient is not finite;
     with a scaler (Model.scaler), such a gradient lowers its scale and the weights stay.
@@ -329,6 +338,7 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
             sums[name] = sums.get(name, 0.0) + value / accumulate
 
     # means over all ranks; here the CPU waits for the GPU
+    sums['stop'] = torch.full_like(sums['loss'], STOP.number)
     means = torch.stack(list(sums.values()))
     if WORLD > 1:
         dist.all_reduce(means)
@@ -349,14 +359,20 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     scaler.update()
     return terms
 
-def optimizer_of(network, c):
-    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay."""
+def optimizer_of(network, c, state=None):
+    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay. state: a
+    checkpoint to go on from."""
     undecayed, groups = getattr(network, 'undecayed', None), {}
     for name, parameter in network.named_parameters():
         free = undecayed is not None and undecayed(name, parameter)
         groups.setdefault(0.0 if free else c.weight_decay, []).append(parameter)
     groups = [{'params': parameters, 'weight_decay': w} for w, parameters in groups.items()]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
+    if state:                          # with the fused kernel of this device, whatever saved it
+        for group in state['optimizer']['param_groups']:
+            group['fused'] = c.device == 'cuda'
+        optimizer.load_state_dict(state['optimizer'])
+    return optimizer
 
 # --- the run
 def initial_model(c, module, options, data, state):
@@ -405,6 +421,25 @@ def check_resumable(c, options, steps, state, checkpoint):
     if steps > state['steps']:                                 # another schedule from here on
         say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the '
             f"learning rate (and a teacher's momentum) is that of the longer run")
+    # on another GPU
+    for name, what in (('micro_batch', 'random draws differ, and so does a loss that compares the '
+                        'windows of a micro-batch, as VICReg does'), ('dtype', 'rounding differs')):
+        if now[name] != there[name]:
+            say(f'{name} {there[name]}, now {now[name]}: from step {state["step"]} on {what}')
+
+def check_data(c, root, data, data_hash, state, checkpoint):
+    """Raise ValueError if a checkpoint was trained on other data."""
+    # of older runs only statistics are known
+    mean, std = data.normalization(c.normalize)
+    labels = [data.labels([name]) for name in data.varying()]  # (runs, 1) each
+    now = [*mean, *std, *map(np.mean, labels), *map(np.std, labels)]
+    there = [v for k in ('mean', 'std', 'label_mean', 'label_std') for v in state[k]]
+    alike = len(now) == len(there) and np.allclose(now, there, rtol=1e-3, atol=1e-6)
+    if not alike or state.get('data_hash', data_hash) != data_hash:
+        raise ValueError(f'{checkpoint} was trained on other files than those in {root}: point '
+                         f'--data-dir at the same ones, or choose another --out')
+    if 'data_hash' not in state:
+        say(f'{checkpoint} is older: its data are known by mean, std and labels alone')
 
 def announce(c, root, data, model, options, steps, step):
     """Say what is about to happen."""
@@ -436,9 +471,9 @@ def open_log(c, step):
     path = Path(c.out) / 'log.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True)
-                if line.endswith('}\n') and json.loads(line)['step'] < step]
-        write_text(path, ''.join(kept))
+        text = path.read_text(errors='replace')                # its last line may be cut short
+        lines = re.findall(r'^({"step": (\d+),.*}\n)', text, re.MULTILINE)
+        write_text(path, ''.join(line for line, s in lines if int(s) < step))
     return open(path if RANK == 0 else os.devnull, 'a', buffering=1)     # a line at a time
 
 def log_step(log, bar, embedding, step, terms, rest):
@@ -448,6 +483,21 @@ def log_step(log, bar, embedding, step, terms, rest):
     shown = terms | ({'rank': health['embedding_rank']} if health else {})
     bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
     bar.update()
+
+def save_checkpoint(c, options, data, model, optimizer, scaler, step, **reached):
+    """Write all that a resume, or eval.py, needs. reached: steps, seconds and the like."""
+    labels = data.labels(data.varying())                       # (runs, L)
+    state = dict(
+        config=asdict(c), options=asdict(options), inputs=asdict(model.inputs),
+        mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
+        labels=data.varying(), label_mean=labels.mean(0).tolist(),
+        label_std=labels.std(0).tolist(), model=model.network.state_dict(),
+        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+        samples=step * c.batch, **reached)
+    # some are kept, for a curve of errors
+    if c.keep_every and step % c.keep_every == 0:
+        write_tensors(Path(c.out) / f'ckpt-{step}.pt', state)
+    write_tensors(Path(c.out) / 'ckpt.pt', state)
 
 def train(c, module, options):
     """The run: data, model, optimizer, then step after step to the end of its schedule."""
@@ -459,21 +509,18 @@ def train(c, module, options):
 
     # a run that was begun goes on: rank 0 has its checkpoint
     state = models.load_checkpoint(checkpoint) if RANK == 0 and checkpoint.exists() else None
-    state, git = from_rank_0(state), git_hash()
+    state, data_hash = from_rank_0((state, data.data_hash() if RANK == 0 else ''))
     if state:
         check_resumable(c, options, steps, state, checkpoint)
+        check_data(c, root, data, data_hash, state, checkpoint)
     step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
-    # the model, and its optimizer with the fused kernel of this device, whatever saved it
     model = initial_model(c, module, options, data, state)
-    optimizer, network, scaler = optimizer_of(model.network, c), model.network, model.scaler()
+    network, optimizer = model.network, optimizer_of(model.network, c, state)
+    scaler = model.scaler()
+    if state and state.get('scaler'):                          # none of a run in another dtype
+        scaler.load_state_dict(state['scaler'])
     c.recompute = models.recompute_blocks(network, c.recompute, c.device)
-    if state:
-        if state.get('scaler'):                                # none of a run in another dtype
-            scaler.load_state_dict(state['scaler'])
-        for group in state['optimizer']['param_groups']:
-            group['fused'] = c.device == 'cuda'
-        optimizer.load_state_dict(state['optimizer'])
     announce(c, root, data, model, options, steps, step)
 
     # the network as a step calls it: on all ranks, compiled
@@ -483,42 +530,43 @@ def train(c, module, options):
         forward = DistributedDataParallel(network, find_unused_parameters=unused)
     forward = torch.compile(forward) if c.compile else forward
 
-    # a checkpoint has all that a resume, or eval.py, needs
-    def save():
-        labels = data.labels(data.varying())                   # (runs, L)
-        write_tensors(checkpoint, dict(
-            config=asdict(c), options=asdict(options), inputs=asdict(model.inputs),
-            mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
-            labels=data.varying(), label_mean=labels.mean(0).tolist(),
-            label_std=labels.std(0).tolist(), model=network.state_dict(), step=step, steps=steps,
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), seconds=seconds,
-            samples=step * c.batch, git=git))
+    save = partial(save_checkpoint, c, options, data, model, optimizer, scaler, steps=steps,
+                   git=git_hash(), data_hash=data_hash)
 
     # batches are loaded ahead, while the network computes
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
     batches = prefetch(lambda job: load_batch(data, c, *job), jobs, 1 if c.device == 'cpu' else 4)
     bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
     with open_log(c, step) as log, contextlib.closing(bar), contextlib.closing(batches):
+        STOP.waits, due = True, time.monotonic() + 60 * c.save_minutes
         while step < steps:                                    # waiting for data is timed, too
             began, rate = time.perf_counter(), learning_rate(step, steps, warmup, c.lr, c.min_lr)
             for group in optimizer.param_groups:
                 group['lr'] = rate
             terms = train_step(model, forward, optimizer, batches, c, step, scaler)
+            stopped = terms.pop('stop') > 0
             if hasattr(model.network, 'after_step'):           # a teacher follows
                 model.network.after_step((step + 1) / steps)
             took = time.perf_counter() - began
             seconds += took
 
-            # can its tokens be probed? then its line of the log, and now and then a checkpoint
+            # can its tokens be probed? then its line of the log
             if step == 0:
                 models.check_tokens(model, data.load(data.windows[:1], FRAMES, c.crop, seeds=[0]))
             log_step(log, bar, model.embedding, {'step': step}, terms, dict(
                 lr=rate, samples_per_s=c.batch / took, seconds=seconds, memory_gb=peak_memory()))
             step += 1
-            if RANK == 0 and (step % c.save_every == 0 or step == steps):
-                save()
+
+            # now and then a checkpoint
+            if RANK == 0 and (stopped or step == steps or time.monotonic() > due
+                              or any(step % n == 0 for n in (c.save_every, c.keep_every) if n)):
+                save(step=step, seconds=seconds)
+                due = time.monotonic() + 60 * c.save_minutes
+            if stopped and step < steps:
+                STOP.where = f' at step {step} of {steps}: the same command goes on ({checkpoint})'
+                return
     if RANK == 0 and not checkpoint.exists():                  # no step was asked for
-        save()
+        save(step=step, seconds=seconds)
     say(f'{steps} steps in {seconds / 60:.1f} min, peak memory {peak_memory():.1f} GB. '
         f'Next: python eval.py {out}')
 

@@ -139,8 +139,7 @@ def why_stale(cell, result):
     ('', '') if all are. A setting that is younger than the result had its default there. Folders
     may differ, and what concerns the machine alone, as the paper's micro-batch.
     """
-    free = {*train.MAY_CHANGE, *(['micro_batch'] if cell.preset == 'paper' else [])}
-    free -= {'steps', 'epochs'}
+    free = {*train.OF_MACHINE, *(['micro_batch'] if cell.preset == 'paper' else [])}
     run, (trained, scored) = result['run']['settings'], settings_of(cell)
     options = models.find_model(run['model']).Options
     defaults = as_json(vars(train.Config()) | vars(options()) | vars(evaluation.Settings()))

@@ -27,7 +27,7 @@ import model as models
 from benchmark.generalize import number
 from eval import PROBES, SHARED, interval
 from systems import system_names
-from train import GONE, MAY_CHANGE
+from train import GONE, OF_MACHINE
 
 HERE = Path(__file__).resolve().parent.parent
 PAGES = 'README.md', 'docs/notebook.md', 'results/README.md'
@@ -93,7 +93,7 @@ def check_alike(cell, result, seen):
         raise ValueError(f'{cell}.json was not scored on test: python eval.py --split test')
 
     # all results of a table were probed alike; those of a row differ in seeds and folders alone
-    probe, free = result['probe'], {'seed', *GONE, *MAY_CHANGE} - {'steps', 'epochs'}
+    probe, free = result['probe'], {'seed', *GONE, *OF_MACHINE}
     table = {k: result[k] for k in ('system', 'labels', 'stride', 'windows')}
     table |= {k: v for k, v in probe.items() if k in ('probe', 'epochs', 'mlp_ratio', 'fractions')}
     table['field'] = result['field'].partition(',')[0]                   # in tiles or not

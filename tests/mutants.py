@@ -25,6 +25,7 @@ DATASETS = 'tests/test_datasets.py'
 BENCHMARK, CARRIES = 'tests/test_benchmark.py', 'tests/test_generalize.py'
 MEMORY = 'tests/test_memory.py'
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
+REQUEUE = 'tests/test_requeue.py'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
 MUTANTS = [                                              # file, what stands there once, what instead, tests
@@ -56,6 +57,20 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
     ('train.py', 'standard_labels[windows[:, 0]]', 'standard_labels[windows[:, 1] % 3]', PROTOCOL),
     ('videomae.py', "parameter.ndim == 1 or name == 'mask_token'", 'parameter.ndim == 1', PROTOCOL),
+    # a run that is taken away
+    ('train.py', "stopped = terms.pop('stop') > 0", "stopped = terms.pop('stop') < 0", REQUEUE + ' -k after_its_step'),
+    ('train.py', 'STOP.number)', 'STOP.number * (RANK == 0))', REQUEUE + ' -k all_ranks'),
+    ('train.py', 'time.monotonic() > due', 'False', REQUEUE + ' -k clock'),
+    ('train.py', 'for n in (c.save_every, c.keep_every) if n', 'for n in (c.save_every,)', REQUEUE + ' -k are_kept'),
+    ('train.py', 'if int(s) < step', 'if True', REQUEUE + ' -k log_goes_on'),
+    ('train.py', "state.get('data_hash', data_hash) != data_hash", 'False', REQUEUE + ' -k other_data'),
+    ('train.py', 'rtol=1e-3, atol=1e-6)', 'rtol=9.0)', REQUEUE + ' -k other_data'),
+    ('data.py', 'h.update(f.read(2**15))', 'f.read(2**15)', REQUEUE + ' -k other_data'),
+    ('data.py', 'self.channels, scalars]', 'self.channels]', REQUEUE + ' -k other_data'),
+    ('data.py', 'process.terminate()', 'pass', REQUEUE + ' -k processes_that_cache'),
+    ('common.py', 'os._exit(128 + number)', 'pass', REQUEUE + ' -k second_signal'),
+    ('common.py', "'TORCHELASTIC_RUN_ID' not in os.environ or", '', REQUEUE + ' -k second_signal'),
+    ('common.py', 'raise KeyboardInterrupt', 'pass', REQUEUE + ' -k ctrl_c'),
     # settings of the paper
     ('systems/shear_flow.py', 'lr=1e-4', 'lr=1e-3', PROTOCOL),
     ('systems/shear_flow.py', 'epochs=6.0', 'epochs=30.0', PROTOCOL),
@@ -203,7 +218,7 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', 'or c.label_fraction < 1 and not c.supervised', '', CARRIES + ' -k share_of_labels'),
     # the benchmark
     ('benchmark/cells.py', 'then = defaults | then', 'then = now | then', BENCHMARK + ' -k machine'),
-    ('benchmark/cells.py', "free -= {'steps', 'epochs'}", 'pass', BENCHMARK + ' -k machine'),
+    ('benchmark/cells.py', 'free = {*train.OF_MACHINE', 'free = {*train.MAY_CHANGE', BENCHMARK + ' -k machine'),
     ('benchmark/cells.py', "if words == ['stale: ']:", 'if False:', BENCHMARK + ' -k seed_by_seed'),
     ('benchmark/cells.py', 'step == steps and not differs', 'step == steps', BENCHMARK + ' -k no_beginning'),
     ('benchmark/cells.py', 'if differs := progress(cell)[2]:', 'if False:', BENCHMARK + ' -k anew'),
