@@ -79,9 +79,10 @@ class Run:
         if RANK == 0:
             state = {k: v for k, v in models.load_checkpoint(self.path).items() if k != 'optimizer'}
         self.state = from_rank_0(state)
+        self.settings = self.state['config'] | self.state['options']
+        # what it is, and how it is evaluated
         self.c = c = config_of(self.state, self.path)
         self.name = models.title(c.model) + (', supervised' if c.supervised else '')
-        self.settings = self.state['config'] | self.state['options']
         self.device, self.batch = pick_device(args.device), args.batch
         self.mlp_ratio = args.mlp_ratio or models.PROBE_MLP_RATIO.get(c.model, 0.0)
         # its data
@@ -317,8 +318,9 @@ def evaluate(paths, args):
             f'{run.state["samples"]:,} windows seen; seeds: {seeds}\n  probed on {counts} windows, '
             f'{run.stride} frames apart: {run.field()}')
         # the encoder; the same before training, once for all checkpoints of a run
-        found, settings = evaluate_row(run, args, run.name), run.settings
-        begun = str(sorted((k, v) for k, v in settings.items() if k not in MAY_CHANGE))
+        found = evaluate_row(run, args, run.name)
+        begun = {k: v for k, v in run.settings.items() if k not in MAY_CHANGE}
+        begun = str(begun | {'dtype': run.c.dtype})
         if begun not in untrained:
             untrained[begun] = evaluate_row(run, args, 'random init')
         # and what a physicist would measure
@@ -362,18 +364,18 @@ def result_of(run, args, found):
     if published and 'attentive' in args.probes and not (
             run.c.supervised or read_recipe(run.root)):        # of real data
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
-    # the trained encoder, in numbers
+    # the encoder, in numbers
     means = found[0][-1]['train']                              # (n, D)
     rank = models.embedding_health(means)['embedding_rank']
     head = probe.AttentiveProbe(means.shape[1], len(run.labels), run.mlp_ratio)
-    counts = models.count_parameters(run.model('cpu', trained=False))
-    parameters = dict(zip(('encoder', 'all'), counts))
-    parameters['attentive probe'] = sum(p.numel() for p in head.parameters())
-    # all that is kept
+    in_encoder, in_all = models.count_parameters(run.model('cpu', trained=False))
+
     log, step, seconds = run.path.with_name('log.jsonl'), run.state['step'], run.state['seconds']
     result = {
         'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name,
-        'rows': scores, 'by_run': by_run, 'chosen': chosen, 'parameters': parameters,
+        'rows': scores, 'by_run': by_run, 'chosen': chosen,
+        'parameters': {'encoder': in_encoder, 'all': in_all,
+                       'attentive probe': sum(p.numel() for p in head.parameters())},
         'rank': {'effective': rank, 'of': means.shape[1]},
         **({'generalization': generalization} if args.generalize else {}),
         # what they depend on
@@ -387,7 +389,7 @@ def result_of(run, args, found):
                 'seed': run.c.seed, 'step': step, 'windows_seen': run.state['samples'],
                 'train_seconds': seconds, 'machine': run.state.get('machine', 'unknown machine'),
                 'windows_per_s': run.state['samples'] / seconds if seconds else 0.0,
-                'last_steps': last_steps(log, step=step),
+                'last_steps': last_steps(log, step=step),      # before this checkpoint
                 **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1, step)},
                 'git': run.state['git'], 'settings': run.settings}}
     say(in_words(result))
@@ -398,14 +400,16 @@ def in_words(result):
     counts, run, minutes = result['parameters'], result['run'], result['run']['train_seconds'] / 60
     took = f'{minutes / 60:.1f} h' if minutes >= 60 else f'{minutes:.1f} min'
     memory = f'{run["memory_gb"]:.1f} GB, ' if 'memory_gb' in run else ''
-    chosen = ', '.join(f'{k} {v}' for k, v in result['chosen'][result['row']].items())
+    chosen = ', '.join(f'{k} {v if k == "metric" else format(v, "g")}'
+                       for k, v in result['chosen'][result['row']].items())
     return (f'{result["row"]}: {counts["encoder"]:,} parameters in the encoder, '
             f'{counts["all"] - counts["encoder"]:,} beside it; trained {took} on {run["machine"]}, '
             f'{memory}{run["windows_per_s"]:.1f} windows/s\n  probes: {chosen}')
 
 def log_lines(log, steps, step=math.inf):
     """The last so many lines of a training log before a step, as dicts; [] if there is none."""
-    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+    lines = log.read_text().splitlines() if log.exists() else []
+    lines = [json.loads(line) for line in lines if line.endswith('}')]   # the last may be cut short
     return [line for line in lines if line['step'] < step][-steps:]
 
 def last_steps(log, steps=100, step=math.inf):
@@ -543,9 +547,9 @@ def main(argv=None):
                            ('fractions', 'runs', 'windows'), ('metric', *probe.METRICS, 'valid')):
         if getattr(args, name) not in choices:
             raise ValueError(f'--{name} is {" or ".join(choices)}, not {getattr(args, name)!r}')
+    # probes, the paper's protocol, and the number of epochs
     if not set(args.probes.split(',')) <= set(PROBES):
         raise ValueError(f'--probes is some of {",".join(PROBES)}, not {args.probes!r}')
-    # the paper's protocol, and the number of epochs
     if args.probe == 'paper' and args.split != 'valid':
         raise ValueError("the paper's probe is scored on valid: --split valid")
     if args.finetune:

@@ -102,6 +102,7 @@ def training(figure, path):
              and not key.startswith('embedding_')]
     panels = {'Loss': ['loss'], 'Its terms, unweighted': terms, 'Embedding': spread,
               'Learning rate': ['lr']} | ({'Ridge probe on valid': probed} if probed else {})
+
     for ax, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key, color in zip(keys, itertools.cycle(PROBES.values())):
             lines = [line for line in log if key in line]               # that have it

@@ -152,11 +152,11 @@ def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'
     # the weights for each strength
     gram, moment = x.T @ x / len(x), x.T @ (y - bias) / len(x)
     eye = torch.eye(len(gram), dtype=gram.dtype)
-    weights = {s * len(x): torch.linalg.solve(gram + s * eye, moment)
-               for s in ([ridge / len(x)] if ridge else strengths)}
+    weights = {r: torch.linalg.solve(gram + r / len(x) * eye, moment)
+               for r in ([ridge] if ridge else [s * len(x) for s in strengths])}
     # the best on valid
     x, y = splits['valid']
-    best = min(weights, key=lambda s: (x @ weights[s] + bias - y).pow(2).mean())
+    best = min(weights, key=lambda r: (x @ weights[r] + bias - y).pow(2).mean())
     return splits[scored][0] @ weights[best] + bias, {'ridge': best}
 
 def knn(splits, ks=KS, scored='test', metrics=METRICS[:1]):

@@ -353,10 +353,9 @@ def optimizer_of(network, c, state=None):
 # --- a ridge probe now and then
 def open_probed(c, root, data):
     """{'train' | 'valid': Split} for --probe-every, on rank 0; else {}."""
-    if not c.probe_every or RANK > 0:
-        return {}
-    return {'train': data, 'valid': Split(root, data.system, 'valid', c.resolution, c.stride,
-                                          c.cache_dir, c.whole, os.cpu_count())}
+    wanted, how = c.probe_every and RANK == 0, (c.resolution, c.stride, c.cache_dir, c.whole)
+    return {'train': data, 'valid': Split(root, data.system, 'valid', *how, os.cpu_count())
+            } if wanted else {}
 
 def probe_on_valid(model, splits, c, step, steps):
     """{'probe_LABEL', 'probe_mean': error on valid} of a ridge that is chosen there, or {}.
@@ -477,9 +476,7 @@ def open_board(c, options, step):
     if not c.wandb or RANK > 0:
         return contextlib.nullcontext()
     import wandb
-
-    # a resumed run goes on under its id
-    file = Path(c.out) / 'wandb_id'
+    file = Path(c.out) / 'wandb_id'                            # a resumed run goes on under its id
     if step == 0 or not file.exists():
         write_text(file, secrets.token_hex(4))
     return wandb.init(project=c.wandb, id=file.read_text(), resume='allow', name=Path(c.out).name,
