@@ -299,7 +299,10 @@ def evaluate_row(run, args, title):
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
     # a table is about one dataset, and all its rows about the same windows
-    runs = [Run(path, args) for path in dict.fromkeys(map(models.checkpoint_of, paths))]
+    paths = list(dict.fromkeys(map(models.checkpoint_of, paths)))
+    folders = [path.parent for path in paths]                  # of a run, step after step
+    runs = sorted((Run(path, args) for path in paths),
+                  key=lambda run: (folders.index(run.path.parent), run.state['step']))
     of_data = [(run.c.data, run.labels, run.state['label_mean'],
                 [split.files for split in run.splits.values()]) for run in runs]
     if any(data != of_data[0] for data in of_data):

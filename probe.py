@@ -147,17 +147,16 @@ def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'
     strengths: of the penalty per row, to choose from.
     """
     splits = standardize(splits)
-    x, y = splits['train']                                     # columns of x have mean zero:
-    bias = y.mean(0)                                           # the best b, whatever W is
-    # the weights for each strength
-    gram, moment = x.T @ x / len(x), x.T @ (y - bias) / len(x)
+    # the weights for each strength; b is the mean label, for each feature has mean zero
+    x, y = splits['train']
+    gram, moment, b = x.T @ x / len(x), x.T @ y / len(x), y.mean(0)
     eye = torch.eye(len(gram), dtype=gram.dtype)
     weights = {r: torch.linalg.solve(gram + r / len(x) * eye, moment)
                for r in ([ridge] if ridge else [s * len(x) for s in strengths])}
     # the best on valid
     x, y = splits['valid']
-    best = min(weights, key=lambda r: (x @ weights[r] + bias - y).pow(2).mean())
-    return splits[scored][0] @ weights[best] + bias, {'ridge': best}
+    best = min(weights, key=lambda r: (x @ weights[r] + b - y).pow(2).mean())
+    return splits[scored][0] @ weights[best] + b, {'ridge': best}
 
 def knn(splits, ks=KS, scored='test', metrics=METRICS[:1]):
     """(mean labels (n, L) of the k training windows with the nearest mean tokens, {'k', 'metric'}).
