@@ -245,12 +245,17 @@ def keep_freed_memory():
 
 def machine(device):
     """What this runs on, in words. device: cuda, mps or cpu."""
+    cores = f'{torch.get_num_threads()} of {os.cpu_count()} cores'
+    return f'{processor(device)}, {cores}, PyTorch {torch.__version__}'
+
+def processor(device):
+    """The name of the GPU, of all ranks' GPUs, or of the CPU. device: cuda, mps or cpu."""
+    if device == 'cuda':
+        return (f'{WORLD} x ' if WORLD > 1 else '') + torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')                               # Linux names the CPU here
     found = re.search('model name.*: (.*)', info.read_text()) if info.exists() else None
     cpu = found[1] if found else platform.processor() or platform.machine()
-    names, cores = {'cpu': cpu, 'mps': f'{cpu}, its GPU'}, os.cpu_count()
-    name = names.get(device) or torch.cuda.get_device_name()
-    return f'{name}, {torch.get_num_threads()} of {cores} cores, PyTorch {torch.__version__}'
+    return f'{cpu}, its GPU' if device == 'mps' else cpu
 
 def git_hash():
     """The commit of this code, with -dirty if a Python file has changed since."""

@@ -3,7 +3,8 @@ What a pretrained encoder knows of the physics: the error table.
 
     python eval.py                                # the newest run under out/, on valid: to tune by
     python eval.py --split test                   # on test: to report, once
-    python eval.py out/... out/...                # several runs in one table
+    python eval.py out/... out/...                # several runs in one table, or checkpoints
+    python eval.py --probes linear,knn            # without the one that takes minutes
     python eval.py out/... --finetune             # also train encoder and head end to end
     python eval.py out/... --generalize           # fewer labels, unseen parameters, spoilt fields
     python eval.py out/... --save-embeddings FILE # keep the mean tokens of all windows
@@ -11,10 +12,12 @@ What a pretrained encoder knows of the physics: the error table.
 
 Three probes (probe.py) read the z-scored parameters from frozen tokens of windows; the table has
 their mean squared errors: guessing the mean scores 1. Two rows keep the encoder honest: itself
-before training, and hand-made field statistics. The rows go to eval.json beside each checkpoint.
+before training, and hand-made field statistics. The rows go to eval.json beside each checkpoint,
+of ckpt-STEP.pt to eval-STEP.json: several checkpoints of a run give the curve.
 """
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -35,7 +38,7 @@ from benchmark import finetune, generalize
 from data import Split, find_dataset, read_recipe
 from systems.datasets import is_complete, summary
 from systems.numerics import Grid
-from train import config_of
+from train import MAY_CHANGE, config_of
 
 LOADED = 2**26                                                 # bytes of windows embedded at once
 PROBES = 'attentive', 'linear', 'knn'
@@ -43,7 +46,7 @@ PUBLISHED_ROW = ', the paper (valid)'                          # ends the name o
 SHARED = 'field statistics', 'predict the mean'                # rows that do not depend on the run
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}       # terms of the log
 TUNED = ('split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize',
-         'fractions')                                          # settings that rows depend on
+         'fractions', 'probes', 'ridge', 'k', 'metric')        # settings that rows depend on
 
 @dataclass
 class Settings:
@@ -52,6 +55,12 @@ class Settings:
     data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the run's", 'data')
     stride: int = option(0, 'frames between windows; 0: 4 for nano, else as in training', 'data')
     batch: int = option(16, 'windows embedded at once', 'data')
+    probes: str = option(','.join(PROBES), 'those that are fitted and shown', 'probe')
+    ridge: float = option(0.0, "strength of the linear probe's penalty: scikit-learn's alpha, of "
+                          'errors summed over windows; 0: the best on valid', 'probe')
+    k: int = option(0, 'neighbours of knn; 0: the best on valid', 'probe')
+    metric: str = option('euclidean', 'of knn, between z-scored mean tokens: euclidean, cosine, or '
+                         'valid: the better one there', 'probe')
     probe: str = option('ours', 'training of the attentive probe: ours or paper', 'probe')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
     mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's", 'probe')
@@ -71,6 +80,8 @@ class Run:
         if RANK == 0:
             state = {k: v for k, v in models.load_checkpoint(self.path).items() if k != 'optimizer'}
         self.state = from_rank_0(state)
+        self.settings = self.state['config'] | self.state['options']
+        # what it is, and how it is evaluated
         self.c = c = config_of(self.state, self.path)
         self.name = models.title(c.model) + (', supervised' if c.supervised else '')
         # what it can be probed for, and how
@@ -203,19 +214,29 @@ def draw_seed(seed):
 
 # --- rows of the table: {probe: estimates of the labels of the scored windows (n, L)}
 def fit_probes(splits, args, title, mlp_ratio=0.0, seed=0, device='cpu', attentive=True, epochs=0,
-               ridge=False, **protocol):
+               only=PROBES, chosen=None, **protocol):
     """{probe: estimates (n, L)} of splits['scored'], else of splits[args.split].
-    epochs, protocol: of the attentive probe; at least args.epochs. ridge: the linear probe alone.
+    epochs, protocol: of the attentive probe; at least args.epochs. only: these of args.probes.
+    chosen: a dict that gets the settings {'ridge', 'k', 'metric'} of the first fit.
     """
     scored, rows = 'scored' if 'scored' in splits else args.split, {}
-    if attentive and not ridge:                                # in minutes, the others in seconds
+    wanted, settings = set(args.probes.split(',')) & set(only), {}
+    if attentive and 'attentive' in wanted:                    # in minutes, the others in seconds
         epochs = max(epochs, args.epochs)
         with Progress(epochs, f'probing {title}', 'epoch') as bar:
             rows['attentive'], _ = probe.attentive(splits, mlp_ratio, epochs, scored=scored,
                                                    seed=seed, device=device, tick=bar.update,
                                                    **protocol)
-    rows['linear'] = probe.linear(splits, scored=scored)
-    return rows if ridge else rows | {'knn': probe.knn(splits, scored=scored)}
+    # and what they choose on valid
+    if 'linear' in wanted:
+        rows['linear'], settings = probe.linear(splits, scored=scored, ridge=args.ridge)
+    if 'knn' in wanted:
+        metrics = probe.METRICS if args.metric == 'valid' else (args.metric,)
+        rows['knn'], near = probe.knn(splits, (args.k,) if args.k else probe.KS, scored, metrics)
+        settings |= near
+    if chosen is not None:                                     # the table's fit comes first
+        chosen.update(settings | chosen)
+    return rows
 
 def probe_row(run, args, splits, fit, trained):
     """(a row, what --generalize finds or None) of embedded splits. fit: as fit_probes."""
@@ -230,18 +251,21 @@ def probe_row(run, args, splits, fit, trained):
     return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
 def evaluate_row(run, args, title):
-    """({title: row}, {title: what --generalize finds}, mean tokens if trained), on rank 0, of
-    run.name, the trained encoder; 'random init'; or 'field statistics', by the linear probe."""
+    """({title: row}, {title: what --generalize finds}, {title: what probes chose}, mean tokens if
+    trained), on rank 0, of run.name, the trained encoder; 'random init'; or 'field statistics', by
+    the linear probe."""
     trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
     if by_hand and run.system.statistics is None:
         say(f'{title}: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
-        return {}, {}, None
+    if by_hand and (run.system.statistics is None or 'linear' not in args.probes):
+        return {}, {}, {}, None
     # the paper trains its probe in another way, and some models' probes in ways of their own
     if args.probe == 'paper':
         protocol = probe.PAPER | models.PAPER_PROBE.get((run.c.model, run.c.data), {})
         noise = protocol.pop('noise', None)
     # embed: all ranks; with --generalize also the scored split, spoilt in each way
-    encode = run.measure if by_hand else run.encode(run.model(run.device, trained), noise=noise)
+    model = None if by_hand else run.model(run.device, trained)
+    encode = run.measure if by_hand else run.encode(model, noise=noise)
     splits = run.embed(encode, title)
     for how in generalize.INPUTS if args.generalize else ():
         splits[how] = run.embed(encode, title, how, (args.split,)).get(args.split)
@@ -256,11 +280,16 @@ def evaluate_row(run, args, title):
             splits[name] = torch.cat([s, s[..., i] * s[..., j]], -1), y
     # probe: rank 0
     fit = partial(fit_probes, args=args, title=title, mlp_ratio=run.mlp_ratio, seed=run.probe_seed,
-                  device=run.device, ridge=by_hand, **protocol)
+                  device=run.device, chosen=(chosen := {}), **protocol,
+                  only=('linear',) if by_hand else PROBES)
     row, carried = probe_row(run, args, splits, fit, trained)
     rows = {title: row}                                        # of the table
     means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained}
     del splits                                                 # they may be a large file
+    # an encoder that was trained with labels has a linear layer of its own
+    if trained and run.c.supervised and 'linear' in args.probes:
+        head = model.network.head.to('cpu', torch.float64)
+        rows[f'{title}: its own head'] = {'linear': head(means[args.split]).detach()}
     # fine-tune: encoder and head together
     if args.finetune and not by_hand:
         with Progress(finetune.epochs_of(args.finetune), f'fine-tuning {title}', 'epoch') as bar:
@@ -269,12 +298,15 @@ def evaluate_row(run, args, title):
                 run.mlp_ratio, args.split, run.device, bar.update)
         how = 'fine-tuned as in the paper' if args.finetune == 'paper' else 'fine-tuned'
         rows[f'{title}, {how}'] = {'attentive': estimates}
-    return rows, {title: carried}, means
+    return rows, {title: carried}, {title: chosen}, means
 
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
     # a table is about one dataset, and all its rows about the same windows
-    runs = [Run(path, args) for path in paths]
+    paths = list(dict.fromkeys(map(models.checkpoint_of, paths)))
+    folders = [path.parent for path in paths]                  # of a run, step after step
+    runs = sorted((Run(path, args) for path in paths),
+                  key=lambda run: (folders.index(run.path.parent), run.state['step']))
     of_data = [(run.c.data, run.labels, run.state['label_mean'],
                 [split.files for split in run.splits.values()]) for run in runs]
     if any(data != of_data[0] for data in of_data):
@@ -284,7 +316,7 @@ def evaluate(paths, args):
     for run in runs:
         run.probe_on(max(r.stride for r in runs), most)
     say(summary(runs[0].c.data, runs[0].root, runs[0].splits))
-    results, statistics = [], {}
+    results, statistics, untrained = [], {}, {}
     for run in runs:
         # what is probed
         started = time.perf_counter()
@@ -293,55 +325,66 @@ def evaluate(paths, args):
         say(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, '
             f'{run.state["samples"]:,} windows seen; seeds: {seeds}\n  probed on {counts} windows, '
             f'{run.stride} frames apart: {run.field()}')
-        # the encoder, the same before training, and what a physicist would measure
-        found = [evaluate_row(run, args, title) for title in (run.name, 'random init')]
+        # the encoder; the same before training, once for all checkpoints of a run
+        found = evaluate_row(run, args, run.name)
+        begun = {k: v for k, v in run.settings.items() if k not in MAY_CHANGE}
+        begun = str(begun | {'dtype': run.c.dtype})
+        if begun not in untrained:
+            untrained[begun] = evaluate_row(run, args, 'random init')
+        # and what a physicist would measure
         seen = run.c.resolution, run.c.whole
         if seen not in statistics:
             statistics[seen] = evaluate_row(run, args, 'field statistics')
         if RANK > 0:
             continue
         # keep it
-        result = result_of(run, args, [*found, statistics[seen]])
+        result = result_of(run, args, [found, untrained[begun], statistics[seen]])
         results.append(result | {'seconds': time.perf_counter() - started})
-        write_text(run.path.with_name('eval.json'), json.dumps(results[-1], indent=1))
+        write_text(result_file(run.path), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
-            save_embeddings(Path(args.save_embeddings), run, found[0][2])
+            save_embeddings(Path(args.save_embeddings), run, found[-1])
     if RANK > 0:
         return
     # the table
     print_table(results)
     for result in results if args.generalize else ():
         generalize.print_carried(result)
-    files = ', '.join(str(run.path.with_name('eval.json')) for run in runs)
+    files = ', '.join(str(result_file(run.path)) for run in runs)
     print(f'{sum(r["seconds"] for r in results) / 60:.1f} min, peak memory {peak_memory():.1f} GB; '
           f'the same numbers are in {files}')
+
+def result_file(checkpoint):
+    """Where the errors of a checkpoint go: of ckpt-STEP.pt to eval-STEP.json, else to eval.json."""
+    step = checkpoint.stem.removeprefix('ckpt-')
+    return checkpoint.with_name(f'eval-{step}.json' if step.isdigit() else 'eval.json')
 
 def result_of(run, args, found):
     """A run's eval.json: errors of what evaluate_row found (trained first), what they depend on."""
     # errors
-    rows, generalization = {}, {}
-    for row, carried, _ in found:
-        rows, generalization = rows | row, generalization | carried
-    rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split]) for p in PROBES}
+    rows, generalization, chosen = {}, {}, {}
+    for row, carried, settings, _ in found:
+        rows, generalization, chosen = rows | row, generalization | carried, chosen | settings
+    rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split])
+                                for p in PROBES if p in args.probes}
     scores, by_run = score(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
     # the paper's number, for its own data: real, complete, with all labels
     published = models.PUBLISHED.get(run.c.model, {}).get(run.c.data)
     theirs = not read_recipe(run.root) and is_complete(run.root, run.system, run.splits)
-    if published and theirs and not run.c.supervised and {*run.system.symbols} <= {*run.shown}:
+    theirs = theirs and {*run.system.symbols} <= {*run.shown} and not run.c.supervised
+    if published and theirs and 'attentive' in args.probes:
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
-    # the trained encoder, in numbers
-    means = found[0][2]['train']                               # (n, D)
+    # the encoder, in numbers
+    means = found[0][-1]['train']                              # (n, D)
     rank = models.embedding_health(means)['embedding_rank']
     head = probe.AttentiveProbe(means.shape[1], len(run.labels), run.mlp_ratio)
-    parameters = {'encoder': models.count_parameters(run.model('cpu', trained=False))[0],
-                  'attentive probe': sum(p.numel() for p in head.parameters())}
-    say(f'  {parameters["encoder"]:,} parameters in the encoder, '
-        f'{parameters["attentive probe"]:,} in its attentive probe')
+    in_encoder, in_all = models.count_parameters(run.model('cpu', trained=False))
 
-    log = run.path.with_name('log.jsonl')
-    return {
+    log, step, seconds = run.path.with_name('log.jsonl'), run.state['step'], run.state['seconds']
+    result = {
         'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name,
-        'rows': scores, 'by_run': by_run, 'parameters': parameters,
+        'rows': scores, 'by_run': by_run, 'chosen': chosen,
+        'parameters': {'encoder': in_encoder, 'all': in_all,
+                       'attentive probe': sum(p.numel() for p in head.parameters())},
         'rank': {'effective': rank, 'of': means.shape[1]},
         **({'generalization': generalization} if args.generalize else {}),
         # what they depend on
@@ -352,19 +395,35 @@ def result_of(run, args, found):
         'evaluated_by': run.git, 'machine': machine(run.device),
         # the training
         'run': {'checkpoint': str(run.path), 'model': run.c.model, 'preset': run.c.preset,
-                'seed': run.c.seed, 'windows_seen': run.state['samples'],
-                'train_seconds': run.state['seconds'], 'last_steps': last_steps(log),
-                **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1)},
-                'git': run.state['git'], 'settings': run.state['config'] | run.state['options']}}
+                'seed': run.c.seed, 'step': step, 'windows_seen': run.state['samples'],
+                'train_seconds': seconds, 'machine': run.state.get('machine', 'unknown machine'),
+                'windows_per_s': run.state['samples'] / seconds if seconds else 0.0,
+                'last_steps': last_steps(log, step=step),      # before this checkpoint
+                **{'memory_gb': line['memory_gb'] for line in log_lines(log, 1, step)},
+                'git': run.state['git'], 'settings': run.settings}}
+    say(in_words(result))
+    return result
 
-def log_lines(log, steps):
-    """The last so many lines of a training log, as dicts; [] if there is none."""
+def in_words(result):
+    """What a run is, what it cost, and what its probes chose."""
+    counts, run, minutes = result['parameters'], result['run'], result['run']['train_seconds'] / 60
+    took = f'{minutes / 60:.1f} h' if minutes >= 60 else f'{minutes:.1f} min'
+    memory = f'{run["memory_gb"]:.1f} GB, ' if 'memory_gb' in run else ''
+    chosen = ', '.join(f'{k} {v if k == "metric" else format(v, "g")}'
+                       for k, v in result['chosen'][result['row']].items())
+    return (f'{result["row"]}: {counts["encoder"]:,} parameters in the encoder, '
+            f'{counts["all"] - counts["encoder"]:,} beside it; trained {took} on {run["machine"]}, '
+            f'{memory}{run["windows_per_s"]:.1f} windows/s\n  probes: {chosen}')
+
+def log_lines(log, steps, step=math.inf):
+    """The last so many lines of a training log before a step, as dicts; [] if there is none."""
     lines = log.read_text().splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines[-steps:]]
+    lines = [json.loads(line) for line in lines if line.endswith('}')]   # the last may be cut short
+    return [line for line in lines if line['step'] < step][-steps:]
 
-def last_steps(log, steps=100):
+def last_steps(log, steps=100, step=math.inf):
     """Means over the last lines of a log, of its losses and of the embedding's health."""
-    lines = log_lines(log, steps)
+    lines = log_lines(log, steps, step)
     names = lines[-1].keys() - CLOCKS if lines else ()
     return {name: float(np.mean([line[name] for line in lines if name in line]))
             for name in sorted(names)}
@@ -404,37 +463,47 @@ def interval(by_run, draws=2000):
     drawn = np.random.default_rng(0).integers(len(by_run), size=(draws, len(by_run)))
     return np.quantile(np.asarray(by_run)[drawn].mean(1), [0.025, 0.975]).tolist()
 
+def names_of(results):
+    """The rows of runs in one table: the model; if several are of one, the folder, or the step."""
+    rows, names = [r['row'] for r in results], []
+    folders = [Path(r['run'].get('checkpoint', '')).parent for r in results]
+    for r, folder in zip(results, folders):
+        alone = rows.count(r['row']) == 1 or len(set(folders)) == 1
+        name = r['row'] if alone else str(folder).removeprefix('out/')
+        name += f', step {r["run"].get("step")}' if folders.count(folder) > 1 else ''
+        names.append(name + "'" * names.count(name))
+    return names
+
 def merge_rows(results, key='rows'):
     """The rows of several runs' eval.json as one table's. What they share stands once, last."""
     rows, shared, paper = {}, {}, {}
-    for r in results:
-        name = r['row']
-        while name in rows:                                    # several runs of one model
-            name += "'"
+    for r, name in zip(results, names_of(results)):
         for title, row in r[key].items():
+            same = all(other[key].get(title) == row for other in results)
             if title.endswith(PUBLISHED_ROW):
                 paper[title] = row
-            elif title in SHARED:
-                shared.setdefault(title, row)
             elif title.startswith(r['row']):
                 rows[name + title[len(r['row']):]] = row
-            else:                                              # random init
-                rows[title if len(results) == 1 else f'{name}, {title}'] = row
+            elif title in SHARED or same:                      # same: random init of one run
+                shared.setdefault(title, row)
+            else:
+                rows[f'{name}, {title}'] = row
     return rows | shared | paper
 
 def print_table(results):
     """Rows: encoders. Columns: labels under each probe, errors and then 95% intervals."""
     rows, by_run, first = merge_rows(results), merge_rows(results, 'by_run'), results[0]
-    columns = [*first['labels'], 'mean']
+    columns, probes = [*first['labels'], 'mean'], [p for p in PROBES
+                                                   if any(p in row for row in rows.values())]
     width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
     print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split (guessing the '
           f'mean: 1)\n')
     # errors
-    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in PROBES)).rstrip())
-    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in PROBES))
+    print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in probes)).rstrip())
+    print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in probes))
     for name, row in rows.items():
         blocks = []
-        for p in PROBES:                                       # a block of columns each
+        for p in probes:                                       # a block of columns each
             cells = [f'{row[p][c]:.3f}' if c in row.get(p, {}) else '-' for c in columns]
             blocks.append(''.join(f'{cell:>{each}}' for cell in cells))
         print(f'{name:{width}}' + '   '.join(blocks))
@@ -445,7 +514,7 @@ def print_table(results):
     for name, row in by_run.items():
         if name != 'predict the mean':                         # whose error is 1
             cells = ['[{:.3f}, {:.3f}]'.format(*interval(row[p])) if p in row else '-'
-                     for p in PROBES]
+                     for p in probes]
             print(f'{name:{width}}' + '   '.join(f'{c:>{each * len(columns)}}' for c in cells))
     print('\n'.join(['', *caveats(results)]))
 
@@ -457,7 +526,7 @@ def caveats(results):
         'trained on': [f'{r["run"]["windows_seen"]:,} windows' for r in results],
         'started from': [r['run']['settings'].get('init') or 'random weights' for r in results],
         'has the seeds': [', '.join(f'{k} {v}' for k, v in r['seeds'].items()) for r in results]}
-    said = ['; '.join(f'{r["row"]} {what} {value}' for r, value in zip(results, values))
+    said = ['; '.join(f'{name} {what} {value}' for name, value in zip(names_of(results), values))
             for what, values in unlike.items() if len(set(values)) > 1]
     said = ['Not like with like: ' + '. '.join(said) + '.', ''] if said else []
     # what is the table for?
@@ -481,13 +550,15 @@ def main(argv=None):
         nargs='*', help='folders of runs, or their checkpoints (default: the newest of out/)'))
     # flags that will not do
     at_least(args, 1, 'batch', 'epochs')
-    at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr')
+    at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr', 'ridge', 'k')
     at_least(args, -1, 'seed')
-    for name, one, other in (('split', 'valid', 'test'), ('probe', 'ours', 'paper'),
-                             ('fractions', 'runs', 'windows')):
-        if getattr(args, name) not in (one, other):
-            raise ValueError(f'--{name} is {one} or {other}, not {getattr(args, name)!r}')
-    # the paper's protocol, and the number of epochs
+    for name, *choices in (('split', 'valid', 'test'), ('probe', 'ours', 'paper'),
+                           ('fractions', 'runs', 'windows'), ('metric', *probe.METRICS, 'valid')):
+        if getattr(args, name) not in choices:
+            raise ValueError(f'--{name} is {" or ".join(choices)}, not {getattr(args, name)!r}')
+    # probes, the paper's protocol, and the number of epochs
+    if not set(args.probes.split(',')) <= set(PROBES):
+        raise ValueError(f'--probes is some of {",".join(PROBES)}, not {args.probes!r}')
     if args.probe == 'paper' and args.split != 'valid':
         raise ValueError("the paper's probe is scored on valid: --split valid")
     if args.finetune:

@@ -96,10 +96,13 @@ def training(figure, path):
     """Loss, its terms, std and rank of the embedding, and learning rate, by step."""
     log = [json.loads(line) for line in path.read_text().splitlines()]
     spread = ['embedding_std', 'embedding_rank']
-    terms = [key for key in log[-1] if key not in {*CLOCKS, 'loss', *spread}]
+    probed = list(dict.fromkeys(key for line in log for key in line if key.startswith('probe_')))
+    terms = [key for key in log[-1] if key not in {*CLOCKS, 'loss', *probed}
+             and not key.startswith('embedding_')]
     panels = {'Loss': ['loss'], 'Its terms, unweighted': terms, 'Embedding': spread,
-              'Learning rate': ['lr']}
-    for ax, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+              'Learning rate': ['lr']} | ({'Ridge probe on valid': probed} if probed else {})
+
+    for ax, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key, color in zip(keys, itertools.cycle(PROBES.values())):
             lines = [line for line in log if key in line]               # that have it
             values = [[line[k] for line in lines] for k in ('step', key)]

@@ -6,8 +6,8 @@ What does a frozen embedding know? Three probes read labels from it, from strong
     knn          the mean label of the nearest mean tokens
 
 Each takes {'train' | 'valid' | 'test': (tokens (n, N, D), z-scored labels (n, L))}. It fits on
-train, chooses one setting on valid (the best epoch, the ridge's strength, k), and estimates the
-labels of `scored`. `room_for` puts many tokens in a file: probes read PART of them at a time.
+train, chooses what is not given on valid (the best epoch, the ridge's strength, k), and estimates
+the labels of `scored`. `room_for` puts many tokens in a file: probes read PART of them at a time.
 """
 import copy
 import math
@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IN_MEMORY = 2**30           # bytes of a split's tokens as float32; more go to a file, as float16
+KS, METRICS = (1, 2, 5, 10, 20, 50, 100), ('euclidean', 'cosine')         # of knn, to choose from
 BATCH = 64                  # windows in a step of the attentive probe
 PART = 2**28                # bytes of float32 tokens that are worked on at once
 DISTANCES = 2**26           # bytes of distances that knn holds at once
@@ -140,30 +141,40 @@ def standardize(splits):
     mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
 
-def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'):
-    """Estimates (n, L) of ridge regression; strength of the penalty, per row, chosen on valid."""
-    splits = {name: (F.pad(x, (0, 1), value=1.0), y)                     # one more, for the bias
-              for name, (x, y) in standardize(splits).items()}
-    # the weights for each strength
+def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test', ridge=0.0):
+    """(estimates (n, L) of ridge regression, {'ridge': its strength}), the best on valid or given.
+
+    min |X W + b - Y|^2 + ridge |W|^2, sums over training rows: scikit-learn's Ridge(alpha=ridge).
+    strengths: of the penalty per row, to choose from.
+    """
+    splits = standardize(splits)
+    # the weights for each strength; b is the mean label, for each feature has mean zero
     x, y = splits['train']
-    gram, moment = x.T @ x / len(x), x.T @ y / len(x)
+    gram, moment, b = x.T @ x / len(x), x.T @ y / len(x), y.mean(0)
     eye = torch.eye(len(gram), dtype=gram.dtype)
-    weights = [torch.linalg.solve(gram + s * eye, moment) for s in strengths]
+    weights = {r: torch.linalg.solve(gram + r / len(x) * eye, moment)
+               for r in ([ridge] if ridge else [s * len(x) for s in strengths])}
     # the best on valid
     x, y = splits['valid']
-    best = min(weights, key=lambda w: (x @ w - y).pow(2).mean())
-    return splits[scored][0] @ best
+    best = min(weights, key=lambda r: (x @ weights[r] + b - y).pow(2).mean())
+    return splits[scored][0] @ weights[best] + b, {'ridge': best}
 
-def knn(splits, ks=(1, 2, 5, 10, 20, 50, 100), scored='test'):
-    """Mean labels (n, L) of the k training windows with the nearest mean tokens; k by valid."""
+def knn(splits, ks=KS, scored='test', metrics=METRICS[:1]):
+    """(mean labels (n, L) of the k training windows with the nearest mean tokens, {'k', 'metric'}).
+    Chosen on valid: k, and the metric if there are several of METRICS; all of z-scored features."""
     splits = standardize(splits)
-    x, y = splits['train']
+    y = splits['train'][1]
 
-    def estimate(name, ks):
+    def estimate(name, metric, ks):
+        z, x = splits[name][0], splits['train'][0]
+        if metric == 'cosine':                                 # unit vectors: near is a small angle
+            z, x = F.normalize(z), F.normalize(x)
         most, rows = min(max(ks), len(x)), max(1, DISTANCES // (8 * len(x)))
         nearest = torch.cat([torch.cdist(part, x).topk(most, largest=False).indices
-                             for part in splits[name][0].split(rows)])   # (n, most)
+                             for part in z.split(rows)])                 # (n, most)
         return [y[nearest[:, :k]].mean(1) for k in ks]
 
-    errors = {k: (e - splits['valid'][1]).pow(2).mean() for k, e in zip(ks, estimate('valid', ks))}
-    return estimate(scored, [min(ks, key=errors.get)])[0]
+    errors = {(k, metric): (e - splits['valid'][1]).pow(2).mean()
+              for metric in metrics for k, e in zip(ks, estimate('valid', metric, ks))}
+    k, metric = min(errors, key=errors.get)
+    return estimate(scored, metric, [k])[0], {'k': k, 'metric': metric}

@@ -13,10 +13,12 @@ SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after its step, with a checkpoint
 130 or 138 (128 + signal); a second one ends it at once. docs/slurm.md has a job that is requeued.
 """
 import contextlib
+import importlib.util
 import json
 import math
 import os
 import re
+import secrets
 import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, as_text,
                     at_least, data_folder, fast_dtype, from_rank_0, git_hash, one_rank_first,
-                    option, peak_memory, pick_device, prefetch, read_tensors, say, script,
+                    option, peak_memory, pick_device, prefetch, processor, read_tensors, say, script,
                     start_ranks, write_tensors, write_text)
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model as models
+import probe
 import simulate
 from data import Split, describe_file, find_dataset, read_recipe
 from systems import DEFAULT, System
@@ -83,6 +86,8 @@ class Config:
     save_every: int = of_machine(100, 'steps between checkpoints')
     save_minutes: float = of_machine(10.0, 'minutes between checkpoints, if that is sooner')
     keep_every: int = of_machine(0, 'steps between checkpoints kept as ckpt-<step>.pt; 0: none')
+    probe_every: int = of_machine(0, 'steps between ridge probes on valid, for curves; 0: none')
+    wandb: str = of_machine('', 'project of Weights & Biases that gets the log, too')
     recompute: str = of_machine('auto', 'in the backward pass, for less memory: no; mlp, of each '
                                 'block; blocks (alone, too); auto: mlp on a GPU', bare='blocks')
     compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
@@ -96,8 +101,8 @@ PRESETS = {
                  lr=1e-3, warmup_epochs=0.5)}
 SMOKE = dict(steps=20, batch=16, micro_batch=16)               # on top of nano
 # what no result depends on; what may change when a run goes on; and what is gone of old runs
-OF_MACHINE = ('data_dir cache_dir out device save_every save_minutes keep_every recompute '
-              'compile').split()
+OF_MACHINE = ('data_dir cache_dir out device save_every save_minutes keep_every probe_every wandb '
+              'recompute compile').split()
 MAY_CHANGE = [*OF_MACHINE, 'steps', 'epochs', 'micro_batch', 'dtype']
 GONE = 'cache', 'log_every'
 
@@ -183,7 +188,7 @@ def complete(c):
     """Fill in what depends on the rest of a Config; ValueError for what will not do."""
     at_least(c, 1, 'stride', 'batch', 'save_every')
     at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs',
-             'weight_decay', 'seed', 'save_minutes', 'keep_every')
+             'weight_decay', 'seed', 'save_minutes', 'keep_every', 'probe_every')
     at_least(c, -1, 'steps')
     for name in 'lr', 'epochs':
         if getattr(c, name) <= 0:
@@ -192,6 +197,9 @@ def complete(c):
         raise ValueError(f'--seed must be less than 2**32, not {c.seed}')
     if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
         raise ValueError(f'--label-fraction is in (0, 1], for --supervised: not {c.label_fraction}')
+
+    if c.wandb and not importlib.util.find_spec('wandb'):
+        raise ValueError('--wandb needs a package that is not here: pip install wandb')
 
     c.device = pick_device(c.device)
     if c.dtype == 'auto':
@@ -226,6 +234,10 @@ def complete(c):
         raise ValueError(f'{there} is no folder to write to: choose another --out')
 
 # --- batches
+def label_names(data):
+    """The labels of a Split, as people know them."""
+    return [data.system.name_of(name) for name in data.varying()]
+
 def open_data(c):
     """(folder, Split) of the training data: simulated, if missing, and cached."""
     with one_rank_first(RANK == 0):
@@ -360,19 +372,54 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     return terms
 
 def optimizer_of(network, c, state=None):
-    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay. state: a
-    checkpoint to go on from."""
+    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay.
+    state: a checkpoint to go on from; the fused kernel is this device's, whatever saved it."""
     undecayed, groups = getattr(network, 'undecayed', None), {}
     for name, parameter in network.named_parameters():
         free = undecayed is not None and undecayed(name, parameter)
         groups.setdefault(0.0 if free else c.weight_decay, []).append(parameter)
+
     groups = [{'params': parameters, 'weight_decay': w} for w, parameters in groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
-    if state:                          # with the fused kernel of this device, whatever saved it
+    if state:
         for group in state['optimizer']['param_groups']:
             group['fused'] = c.device == 'cuda'
         optimizer.load_state_dict(state['optimizer'])
     return optimizer
+
+# --- a ridge probe now and then
+def open_probed(c, root, data):
+    """{'train' | 'valid': Split} for --probe-every, on rank 0; else {}."""
+    wanted, how = c.probe_every and RANK == 0, (c.resolution, c.stride, c.cache_dir, c.whole)
+    return {'train': data, 'valid': Split(root, data.system, 'valid', *how, os.cpu_count())
+            } if wanted else {}
+
+def probe_on_valid(model, splits, c, step, steps):
+    """{'probe_LABEL', 'probe_mean': error on valid} of a ridge that is chosen there, or {}.
+    Its random numbers are its own: training goes on as without it."""
+    if not splits or (step + 1) % c.probe_every and step + 1 < steps:
+        return {}
+    names, tokens_of, device = splits['train'].varying(), {}, model.mean.device
+    raw = splits['train'].labels(names)                        # (runs, L)
+    generator = torch.Generator(device).manual_seed(c.seed)
+
+    model.eval()
+    for name, most in ('train', 512), ('valid', 256):          # windows at even distances
+        split, tokens = splits[name], []
+        windows = split.windows[::math.ceil(len(split.windows) / most)]
+        for few in np.array_split(windows, math.ceil(len(windows) / 8)):
+            x = split.load(few, FRAMES).to(device, model.mean.dtype)     # (8, C, 16, H, W)
+            noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+            z = model.embed(x + c.noise * model.std * noise)   # as in training, and in eval.py
+            tokens.append(z.float().mean(1, keepdim=True).cpu())
+        labels = ((split.labels(names) - raw.mean(0)) / raw.std(0))[windows[:, 0]]
+        tokens_of[name] = torch.cat(tokens), torch.tensor(labels)        # (n, 1, D), (n, L)
+    model.train()
+
+    estimates, _ = probe.linear(tokens_of, scored='valid')
+    errors = (estimates - tokens_of['valid'][1]).square().mean(0)        # (L,)
+    named = zip([*label_names(splits['train']), 'mean'], [*errors.tolist(), errors.mean().item()])
+    return {f'probe_{name}': error for name, error in named}
 
 # --- the run
 def initial_model(c, module, options, data, state):
@@ -388,7 +435,7 @@ def initial_model(c, module, options, data, state):
     inputs = models.Inputs(c.data, data.channels, (False, False) if c.crop else data.periodic, size,
                            is_paired(c), start['inputs']['published'] if start else bool(c.init))
     model = models.build_model(c.model, options, inputs, *data.normalization(c.normalize), c.seed,
-                               c.dtype, len(data.varying()) if c.supervised else 0)
+                               c.dtype, label_names(data) if c.supervised else ())
 
     if start:                                                  # the weights of a run of train.py
         if start['inputs']['channels'] != data.channels:       # names, in order
@@ -441,9 +488,14 @@ def check_data(c, root, data, data_hash, state, checkpoint):
     if 'data_hash' not in state:
         say(f'{checkpoint} is older: its data are known by mean, std and labels alone')
 
+def ran_on(state, device):
+    """The machines that a run was trained on, before it was resumed from `state`, and now."""
+    before = state.get('machine', 'unknown machine').split(' and ') if state else []
+    return ' and '.join(dict.fromkeys([*before, processor(device)]))
+
 def announce(c, root, data, model, options, steps, step):
     """Say what is about to happen."""
-    labels = ', '.join(data.system.name_of(name) for name in data.varying())
+    labels = ', '.join(label_names(data))
     say(f'{c.data}: {len(data.runs)} training runs in {root}, {len(data.channels)} channels, '
         f'labels {labels or "none: no scalar varies, so eval.py will have nothing to score"}')
     # the settings, a paragraph for each group
@@ -476,12 +528,35 @@ def open_log(c, step):
         write_text(path, ''.join(line for line, s in lines if int(s) < step))
     return open(path if RANK == 0 else os.devnull, 'a', buffering=1)     # a line at a time
 
-def log_step(log, bar, embedding, step, terms, rest):
+def open_board(c, options, step):
+    """The run's page at Weights & Biases, as a context: it ends with it. None without --wandb."""
+    if not c.wandb or RANK > 0:
+        return contextlib.nullcontext()
+    import wandb
+    file = Path(c.out) / 'wandb_id'                            # a resumed run goes on under its id
+    if step == 0 or not file.exists():
+        write_text(file, secrets.token_hex(4))
+    return wandb.init(project=c.wandb, id=file.read_text(), resume='allow', name=Path(c.out).name,
+                      dir=c.out, config=asdict(c) | asdict(options), allow_val_change=True)
+
+def log_step(log, board, bar, model, step, terms, rest):
     """Write a line of the log, and show its losses. Has the embedding, (B, D, ...), collapsed?"""
-    health = models.embedding_health(embedding) if RANK == 0 and embedding is not None else {}
-    log.write(json.dumps(step | terms | health | rest) + '\n')
-    shown = terms | ({'rank': health['embedding_rank']} if health else {})
-    bar.set_postfix_str(', '.join(f'{k} {v:.3f}' for k, v in shown.items()), refresh=False)
+    z, health, words = model.embedding, {}, []
+    if RANK == 0 and z is not None:
+        health = models.embedding_health(z)
+        words = [f'embedding: spread {health["embedding_std"]:.2g}, '
+                 f'rank {health["embedding_rank"]:.1f} of {z.shape[1]}']
+        words += models.collapse(health, isinstance(model.network, models.Supervised))
+
+    line = {'step': step} | terms | health | rest
+    log.write(json.dumps(line) + '\n')
+    if board and step >= board.step:                           # it has these, from before a kill
+        board.log(line, step=step)
+
+    # after the loss the embedding, as terminals are narrow; std alone would read as its spread
+    losses = {name: f'{name} loss' for name in ('sim', 'std', 'cov')}
+    shown = [f'{losses.get(name, name)} {value:.3f}' for name, value in terms.items()]
+    bar.set_postfix_str(', '.join([shown[0], *words, *shown[1:]]), refresh=False)
     bar.update()
 
 def save_checkpoint(c, options, data, model, optimizer, scaler, step, **reached):
@@ -515,12 +590,14 @@ def train(c, module, options):
         check_data(c, root, data, data_hash, state, checkpoint)
     step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
+    # the model, its optimizer, and the windows that it may be probed on now and then
     model = initial_model(c, module, options, data, state)
     network, optimizer = model.network, optimizer_of(model.network, c, state)
     scaler = model.scaler()
     if state and state.get('scaler'):                          # none of a run in another dtype
         scaler.load_state_dict(state['scaler'])
     c.recompute = models.recompute_blocks(network, c.recompute, c.device)
+    probed = open_probed(c, root, data)
     announce(c, root, data, model, options, steps, step)
 
     # the network as a step calls it: on all ranks, compiled
@@ -531,13 +608,14 @@ def train(c, module, options):
     forward = torch.compile(forward) if c.compile else forward
 
     save = partial(save_checkpoint, c, options, data, model, optimizer, scaler, steps=steps,
-                   git=git_hash(), data_hash=data_hash)
+                   git=git_hash(), data_hash=data_hash, machine=ran_on(state, c.device))
 
     # batches are loaded ahead, while the network computes
     jobs = ((s, micro) for s in range(step, steps) for micro in range(c.batch // c.micro_batch))
     batches = prefetch(lambda job: load_batch(data, c, *job), jobs, 1 if c.device == 'cpu' else 4)
     bar = Progress(steps, 'training', 'step', initial=step, disable=RANK > 0, smoothing=0.05)
-    with open_log(c, step) as log, contextlib.closing(bar), contextlib.closing(batches):
+    with (open_log(c, step) as log, open_board(c, options, step) as board,
+          contextlib.closing(bar), contextlib.closing(batches)):
         STOP.waits, due = True, time.monotonic() + 60 * c.save_minutes
         while step < steps:                                    # waiting for data is timed, too
             began, rate = time.perf_counter(), learning_rate(step, steps, warmup, c.lr, c.min_lr)
@@ -553,7 +631,8 @@ def train(c, module, options):
             # can its tokens be probed? then its line of the log
             if step == 0:
                 models.check_tokens(model, data.load(data.windows[:1], FRAMES, c.crop, seeds=[0]))
-            log_step(log, bar, model.embedding, {'step': step}, terms, dict(
+            errors = probe_on_valid(model, probed, c, step, steps)
+            log_step(log, board, bar, model, step, terms, errors | dict(
                 lr=rate, samples_per_s=c.batch / took, seconds=seconds, memory_gb=peak_memory()))
             step += 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from common import at_least, option, parse, pick_device, read_tensors, script
 import torch
 
+import eval as evaluation
 from eval import PROBES, PUBLISHED_ROW, fit_probes, print_table, score
 from model import PROBE_MLP_RATIO, PUBLISHED
 from systems import find_system
@@ -70,7 +71,8 @@ def main(argv=None):
           f'drawn at random, is held out and scored')
     # probe them; beside their errors stand those of the mean and the paper's
     targets, labels = splits['scored'][1], [system.name_of(name) for name in names]
-    row = fit_probes(splits, args, TITLE, PROBE_MLP_RATIO['disco'], device=pick_device('auto'))
+    settings = evaluation.Settings(epochs=args.epochs)
+    row = fit_probes(splits, settings, TITLE, PROBE_MLP_RATIO['disco'], device=pick_device('auto'))
     mean = {p: torch.zeros_like(targets) for p in PROBES}
     scores, by_window = score({TITLE: row, 'predict the mean': mean}, targets,
                               torch.arange(len(targets)).numpy(), labels)

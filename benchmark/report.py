@@ -95,7 +95,8 @@ def check_alike(cell, result, seen):
     # all results of a table were probed alike; those of a row differ in seeds and folders alone
     probe, free = result['probe'], {'seed', *GONE, *OF_MACHINE}
     table = {k: result[k] for k in ('system', 'labels', 'stride', 'windows')}
-    table |= {k: v for k, v in probe.items() if k in ('probe', 'epochs', 'mlp_ratio', 'fractions')}
+    table |= {k: v for k, v in probe.items()
+              if k in ('probe', 'epochs', 'mlp_ratio', 'fractions', 'ridge', 'k', 'metric')}
     table['field'] = result['field'].partition(',')[0]                   # in tiles or not
     row = result['run']['settings'] | {k: probe.get(k) for k in ('finetune', 'finetune_lr')}
     row = {k: v for k, v in row.items() if k not in free}

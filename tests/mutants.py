@@ -21,9 +21,8 @@ PROTOCOL, EVAL, DATA, CACHE = (f'tests/test_{name}.py' for name in ('protocol', 
 PROBE, TRAIN, VICREG, STEP = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg', 'step'))
 LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'speed'))
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
-DATASETS = 'tests/test_datasets.py'
-BENCHMARK, CARRIES = 'tests/test_benchmark.py', 'tests/test_generalize.py'
-MEMORY = 'tests/test_memory.py'
+DATASETS, MEMORY = 'tests/test_datasets.py', 'tests/test_memory.py'
+BENCHMARK, CARRIES, REPORTING = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'reporting'))
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
 REQUEUE = 'tests/test_requeue.py'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
@@ -264,6 +263,28 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', 'missing or not told or', 'True or', DATASETS + ' -k is_not_there'),
     ('eval.py', ' and is_complete(', ' or is_complete(', DATASETS + ' -k papers_number'),
     ('eval.py', ' and {*run.system.symbols} <= {*run.shown}', '', DATASETS + ' -k papers_number'),
+    # what is reported
+    ('probe.py', 'x.T @ y / len(x), y.mean(0)', 'x.T @ y / len(x), 0 * y.mean(0)', REPORTING + ' -k scikit'),
+    ('probe.py', 'r / len(x) * eye', 'r * eye', REPORTING + ' -k scikit'),
+    ('probe.py', "if metric == 'cosine':", 'if False:', REPORTING + ' -k angle'),
+    ('eval.py', "if attentive and 'attentive' in wanted:", 'if attentive:', REPORTING + ' -k only_the_probes'),
+    ('eval.py', 'ridge=args.ridge', 'ridge=0', REPORTING + ' -k only_the_probes'),
+    ('eval.py', '(args.k,) if args.k else', '', REPORTING + ' -k only_the_probes'),
+    ('eval.py', 'if trained and run.c.supervised and', 'if False and', REPORTING + ' -k head'),
+    ('eval.py', "run.state['step']))", '0))', REPORTING + ' -k curve'),
+    ('eval.py', 'if begun not in untrained:', 'if True:', REPORTING + ' -k curve'),
+    ('eval.py', "if line['step'] < step][-steps:]", '][-steps:]', REPORTING + ' -k curve'),
+    ('eval.py', "f'eval-{step}.json' if step.isdigit() else 'eval.json'", "'eval.json'", REPORTING + ' -k curve'),
+    ('eval.py', "if alone else str(folder)", "if True else str(folder)", REPORTING + ' -k names'),
+    ('train.py', "state.get('machine', 'unknown machine').split(' and ') if state else []", '[]', REPORTING + ' -k cost'),
+    ('train.py', 'if step == 0 or not file.exists():', 'if True:', REPORTING + ' -k biases'),
+    ('train.py', 'if board and step >= board.step:', 'if board:', REPORTING + ' -k biases'),
+    ('train.py', 'if not c.wandb or RANK > 0:', 'if not c.wandb:', REPORTING + ' -k rank_0'),
+    ('train.py', 'c.noise * model.std * noise', '0 * noise', REPORTING + ' -k cheap'),
+    ('train.py', "(split.labels(names) - raw.mean(0)) / raw.std(0)", "split.labels(names)", REPORTING + ' -k leaves'),
+    ('model.py', 'p * (p > 1e-12 * z.shape[1] * size)', 'p.clamp(min=0)', REPORTING + ' -k collapse'),
+    ('model.py', 'spread < 0.01 and spread <= 0.25 * size', 'spread < 0.01', REPORTING + ' -k collapse'),
+    ('model.py', 'spread < 0.01 and spread <= 0.25 * size', 'spread <= 0.25 * size', REPORTING + ' -k collapse'),
     # the rest
     ('common.py', 'mean.numel() - 1)', 'mean.numel())', 'tests/test_model.py -k spread'),
     ('baselines/disco.py', 'if max_steps > 4', 'if max_steps > 5', 'tests/test_disco.py -k again'),

@@ -42,9 +42,9 @@ def planted(n=200, tokens=4, dim=16, noise=0.1, seed=0):
 
 def test_linear_probe_recovers_a_linear_map():
     splits = planted(noise=0.1)
-    assert (mse(splits, probe.linear(splits)) < 1.5 * 0.1**2).all()
+    assert (mse(splits, probe.linear(splits)[0]) < 1.5 * 0.1**2).all()
     shuffled = {name: (x, y.flip(0)) for name, (x, y) in splits.items()}
-    assert (mse(shuffled, probe.linear(shuffled)) > 0.5).all()
+    assert (mse(shuffled, probe.linear(shuffled)[0]) > 0.5).all()
 
 
 def test_knn_probe_recovers_clusters():
@@ -54,7 +54,7 @@ def test_knn_probe_recovers_clusters():
     for name in 'train', 'valid', 'test':
         which = torch.randint(5, (100,), generator=g)
         splits[name] = centers[which] + 0.01 * torch.randn(100, 3, 8, generator=g), values[which]
-    assert (mse(splits, probe.knn(splits)) < 1e-6).all()
+    assert (mse(splits, probe.knn(splits)[0]) < 1e-6).all()
 
 
 def test_attentive_probe_learns_what_the_mean_token_hides():
@@ -65,7 +65,7 @@ def test_attentive_probe_learns_what_the_mean_token_hides():
         x[:, :, 0] = 3.0 * (torch.arange(3) == which[:, None])
         splits[name] = x, x[torch.arange(400), which, 1:3]
     estimates, size = probe.attentive(splits, epochs=15, lr=1e-2)
-    assert (mse(splits, estimates) < 0.2).all() and (mse(splits, probe.linear(splits)) > 0.5).all()
+    assert (mse(splits, estimates) < 0.2).all() and (mse(splits, probe.linear(splits)[0]) > 0.5).all()
     assert size == sum(p.numel() for p in probe.AttentiveProbe(16, 2).parameters())
 
 
@@ -73,9 +73,9 @@ def test_probes_choose_on_valid():
     """The setting kept is the best on valid even where test prefers another."""
     noisy, clean = planted(n=50, noise=1.0), planted(n=50, noise=0.0)
     splits = {'train': noisy['train'], 'valid': noisy['train'], 'test': clean['train']}        # valid rewards memory
-    assert torch.equal(probe.knn(splits), probe.knn(splits, ks=(1,)))
-    assert (mse(splits, probe.knn(splits)) > mse(splits, probe.knn(splits, ks=(10,)))).all()
-    assert torch.equal(probe.linear(splits), probe.linear(splits, strengths=(1e-8,)))
+    assert torch.equal(probe.knn(splits)[0], probe.knn(splits, ks=(1,))[0])
+    assert (mse(splits, probe.knn(splits)[0]) > mse(splits, probe.knn(splits, ks=(10,))[0])).all()
+    assert torch.equal(probe.linear(splits)[0], probe.linear(splits, strengths=(1e-8,))[0])
     x, y = planted()['train']
     splits = {'train': (x, y), 'valid': (x, -3 * y), 'test': (x, y)}     # valid prefers the untrained: the first epoch
     kept, first = (probe.attentive(splits, epochs=n)[0] for n in (8, 1))
@@ -90,15 +90,15 @@ def test_uninformative_features_score_like_the_mean():
     y = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     y = (y - y.mean(0)) / y.std(0, unbiased=False)
     splits = {name: (torch.ones(300, 2, 8), y) for name in ('train', 'valid', 'test')}
-    assert torch.allclose(mse(splits, probe.linear(splits)).float(), torch.ones(2), atol=1e-4)
+    assert torch.allclose(mse(splits, probe.linear(splits)[0]).float(), torch.ones(2), atol=1e-4)
     assert torch.allclose(mse(splits, probe.attentive(splits, epochs=5)[0]), torch.ones(2), atol=2e-2)
 
 
 def test_ridge_strength_is_chosen_on_valid():
     """As many features as windows: the weakest penalty fits the training windows, noise and all."""
     splits = planted(n=40, dim=40, noise=1.0)
-    weakest = probe.linear(splits, strengths=(1e-8,))
-    assert (mse(splits, probe.linear(splits)) < 0.5 * mse(splits, weakest)).all()
+    weakest = probe.linear(splits, strengths=(1e-8,))[0]
+    assert (mse(splits, probe.linear(splits)[0]) < 0.5 * mse(splits, weakest)).all()
 
 
 def test_features_are_of_one_scale():
@@ -107,9 +107,9 @@ def test_features_are_of_one_scale():
     for name, (x, y) in splits.items():
         x = torch.cat([y[:, None, :].expand(-1, x.shape[1], -1), x * 1000], 2)
         splits[name] = x, y
-    assert (mse(splits, probe.knn(splits)) < 0.5).all()
+    assert (mse(splits, probe.knn(splits)[0]) < 0.5).all()
     small = {name: (x * 1e-6, y) for name, (x, y) in splits.items()}
-    assert torch.allclose(probe.linear(small), probe.linear(splits), atol=1e-3)
+    assert torch.allclose(probe.linear(small)[0], probe.linear(splits)[0], atol=1e-3)
 
 
 def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
     torch.manual_seed(0)
     kept = {name: (torch.randn(n, 5, 8), torch.randn(n, 2)) for name, n in (('train', 40), ('valid', 20), ('test', 20))}
     kept = {name: (x, x.mean(1)[:, :2] * 3 + 0.1 * y) for name, (x, y) in kept.items()}
-    whole = [probe.attentive(kept, epochs=5)[0], probe.linear(kept), probe.knn(kept)]
+    whole = [probe.attentive(kept, epochs=5)[0], probe.linear(kept)[0], probe.knn(kept)[0]]
     assert probe.room_for(3, 5, 8, tmp_path).dtype == torch.float32
     monkeypatch.setattr(probe, 'IN_MEMORY', 1)
     monkeypatch.setattr(probe, 'PART', 4 * 5 * 8 * 3)
@@ -127,5 +127,5 @@ def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
         stored[name][0][:] = x
     assert stored['train'][0].dtype == torch.float16 and not any(tmp_path.iterdir())
     assert [len(part) for part in probe.parts(stored['valid'][0])] == [3] * 6 + [2]
-    for a, b in zip(whole, [probe.attentive(stored, epochs=5)[0], probe.linear(stored), probe.knn(stored)]):
+    for a, b in zip(whole, [probe.attentive(stored, epochs=5)[0], probe.linear(stored)[0], probe.knn(stored)[0]]):
         assert (a - b.to(a)).abs().median() < 0.01                       # a near neighbour may be another

@@ -19,7 +19,7 @@ def miniature(flags, monkeypatch, folder):
     monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
     c, _, options = train.parse([str(flag) for flag in [*flags, '--batch', 2, '--micro-batch', 1]], '')
     inputs = Inputs('active_matter', CHANNELS, (True, True), (32, 32), c.views == 'paired')
-    labels = 2 if c.supervised else 0
+    labels = ('a', 'b') if c.supervised else ()
     c.micro_batch = 2 if c.model == 'jepa' and getattr(options, 'loss', '') == 'infonce' else 1
     torch.manual_seed(0)
     return c, build_model(c.model, options, inputs, [0.0] * 11, [1.0] * 11, labels=labels), torch.randn(

@@ -196,7 +196,7 @@ def test_supervised_learns_the_labels(well, tmp_path, monkeypatch, model):
     log = [json.loads(line) for line in Path('out/a/log.jsonl').read_text().splitlines()]
     first, last = (np.mean([line['loss'] for line in part]) for part in (log[:5], log[-5:]))
     assert len(log) == 60 and last < 0.75 * first and log[-1]['embedding_rank'] > 1
-    assert log[0]['loss'] == pytest.approx(np.mean([log[0]['label 0'], log[0]['label 1']]), rel=1e-4)
+    assert log[0]['loss'] == pytest.approx(np.mean([log[0]['label alpha'], log[0]['label zeta']]), rel=1e-4)
     evaluation.main(['out/a', '--epochs', '2', '--stride', '16'])
     result = json.loads(Path('out/a/eval.json').read_text())
     rows, name = result['rows'], title(model) + ', supervised'
@@ -212,7 +212,7 @@ def test_labels_leave_a_network_what_it_is(tmp_path):
     for name, changes in ('jepa', dict(widths=(4, 4, 8, 8, 8))), ('videomae', {}), ('mpp', {}):
         module = find_model(name)
         options = module.Options(**changes)
-        plain, labelled = (build_model(name, options, inputs, [0, 0], [1, 1], labels=n).network for n in (0, 2))
+        plain, labelled = (build_model(name, options, inputs, [0, 0], [1, 1], labels=n).network for n in ((), ('a', 'b')))
         assert unwrapped(labelled) is labelled.network and unwrapped(plain) is plain
         assert all((v == labelled.network.state_dict()[k]).all() for k, v in plain.state_dict().items())
         if hasattr(plain, 'undecayed'):
