@@ -118,8 +118,8 @@ def parse(argv, description, missing=False):
 
     # the data: where we are told that they are, nothing is simulated
     folder = data_folder(early.data_dir, SMOKE_DATA if early.preset == 'smoke' else '')
-    told = early.data_dir or str(folder) == os.environ.get('THE_WELL_DATA_DIR')
-    missing = missing or not told or '--help' in rest
+    told = early.data_dir or early.preset != 'smoke' and os.environ.get('THE_WELL_DATA_DIR')
+    missing = missing or not told or '-h' in rest or '--help' in rest
     root, system, simulated = find_dataset(early.data, folder, missing)
     files, name = well_files(root), system_name(root, early.data)
     if not files and not simulated:
@@ -246,6 +246,7 @@ def open_data(c):
         if RANK == 0 and not recipe and not well_files(root):
             recipe = {'preset': 'smoke' if c.preset == 'smoke' else 'nano', 'seed': c.seed}
             say(f'No {c.data} dataset in {root.parent}: simulating one (see simulate.py --help).')
+        # begun, or to be begun; a renamed folder is not added to
         if RANK == 0 and recipe and system.presets and root.name == c.data:
             simulate.make_dataset(c.data, root.parent, recipe['preset'], recipe['seed'])
 
@@ -253,6 +254,7 @@ def open_data(c):
     with one_rank_first(LOCAL_RANK == 0):
         data = Split(root, system, 'train', c.resolution, c.stride, c.cache_dir, c.whole,
                      processes=os.cpu_count())
+
     say(summary(c.data, root, {'train': data}))
     # labels are needed by --supervised alone
     if c.supervised and not data.varying():

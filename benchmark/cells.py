@@ -276,7 +276,8 @@ def main(argv=None):
     cells, todo = find_cells(names, args), []
     for cell in cells:
         if cell.preset == 'paper':
-            find_dataset(cell.system, cell.data)                         # ValueError if there is none
+            find_dataset(cell.system, cell.data)
+
         what, why = what_is_missing(cell)
         if what:
             todo.append(cell)

@@ -28,7 +28,8 @@ def list_files(root, split):
     files, folder = {}, Path(root, 'data', split)
     if not folder.is_dir():
         folder = Path(root, split)
-    for entry in os.scandir(folder) if folder.is_dir() else ():
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name.endswith(('.incomplete', '.part')):
             files[folder / entry.name] = 'incomplete'
         elif fnmatch(entry.name, '.*.h*5'):                    # ._a.hdf5: a Mac's notes on a.hdf5
@@ -36,7 +37,7 @@ def list_files(root, split):
         elif fnmatch(entry.name, '*.h*5'):
             lost = entry.is_symlink() and not os.path.exists(entry.path)
             files[folder / entry.name] = 'linked to nothing' if lost else ''
-    return dict(sorted(files.items()))
+    return files
 
 def well_files(root, *splits):
     """The HDF5 files of some splits, or all, sorted in each; without those that are left out."""
@@ -46,8 +47,8 @@ def well_files(root, *splits):
 def left_out(root):
     """How many files were left out, and why, in words: 1 hidden, 2 incomplete."""
     reasons = Counter(why for split in SPLITS for why in list_files(root, split).values() if why)
-    unfinished = [*Path(root, '.cache').rglob('*.incomplete')]           # of --local-dir
-    if root.parent.name == 'snapshots':                                  # of the hub's cache
+    unfinished = [*Path(root, '.cache/huggingface/download').rglob('*.incomplete')]
+    if root.parent.name == 'snapshots':                        # in the hub's cache
         unfinished += root.parents[1].glob('blobs/*.incomplete')
     reasons['incomplete'] += len(unfinished)
     return ', '.join(f'{n} {why}' for why, n in sorted(reasons.items()) if n)
@@ -107,6 +108,9 @@ def own_system(name):
     with contextlib.suppress(ValueError):
         return find_system(name)
 
+def can_be_simulated(name):
+    return bool(own_system(name) and own_system(name).presets)
+
 def system_name(root, name):
     """`name`; or, if systems/ does not know it, what the files say, if systems/ knows that."""
     said = dataset_name(root)
@@ -124,18 +128,17 @@ def find_dataset(name, data_dir, missing=False):
         roots = [*seen]                                        # open_well_file says what is wrong
 
     # none, or two?
-    system = own_system(name)
-    if not roots and missing and system and system.presets and top / name not in seen:
-        return top / name, system, None
+    if not roots and missing and can_be_simulated(name) and top / name not in seen:
+        return top / name, own_system(name), None
     if len(roots) != 1:
         raise ValueError(what_was_seen(name, top, seen, roots))
 
     # a dataset without a file in systems/ works too, with what its own files say
     root, files, preset = roots[0], well_files(roots[0]), read_recipe(roots[0]).get('preset')
-    if not files and not preset:
+    system = own_system(system_name(root, name))
+    if not files and not (preset and system):
         raise ValueError(f'{root} has no complete HDF5 file ({left_out(root)}): end its download')
-    system = own_system(system_name(root, name)) or System(periodic=periodic_axes(files[0]))
-    return root, system, preset
+    return root, system or System(periodic=periodic_axes(files[0])), preset
 
 def dataset_folders(top):
     """Datasets in `top` and below, the nearest first: folders that hold splits, or data/ with them,
@@ -156,7 +159,7 @@ def dataset_folders(top):
         elif any(list_files(folder, split) for split in SPLITS if split in inside):
             is_part = folder != top or Path(folder.parent, 'simulated.json').exists()
             roots[folder.parent if is_part and folder.name == 'data' else folder] = True
-        elif depth < DEPTH:
+        elif depth < DEPTH:                                    # go on below, but not in caches
             names = (n for n in inside if n != 'cache' and not n.startswith('.'))
             queue += [(folder / n, depth + 1) for n in names]
     return [*roots]
@@ -186,7 +189,7 @@ def what_was_seen(name, top, seen, roots):
 
     # another one, or a mistake
     there = 'no train/, valid/ or test/ with HDF5 files' if top.is_dir() else 'no such folder'
-    make = f', or python simulate.py {name} --data-dir {top}' if own_system(name) else ''
+    make = f', or python simulate.py {name} --data-dir {top}' if can_be_simulated(name) else ''
     return (f'no {name} under {top}: {"; ".join(found) or there}. '
             f'Check --data-dir and $THE_WELL_DATA_DIR{make}')
 
@@ -204,6 +207,7 @@ def summary(name, root, opened):
         words = f'{split} {files} of {most} files' if most else f'{split} {files} files'
         if files < most:
             words += ': incomplete download'
+
         # the runs of files that were not opened are known if all are there
         if split in opened:
             words += f', {len(opened[split].runs):,} runs, {len(opened[split].windows):,} windows'
@@ -218,6 +222,7 @@ def summary(name, root, opened):
     if recipe:
         parts.append(f'simulated, preset {recipe["preset"]}, seed {recipe["seed"]}')
     parts.append(f'protocol of {name}' if own_system(name) else 'no protocol of its own')
+
     same = [train.system.name_of(n) for n in train.scalars if n not in train.varying()]
     if same := ', '.join(n for n in same if n in train.system.symbols):
         parts.append(f'{same} the same in all training files: no label')

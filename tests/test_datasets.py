@@ -162,7 +162,7 @@ def test_what_is_not_there_is_not_simulated(files, here, monkeypatch, absent):
         with pytest.raises(ValueError) as error:
             parse('--data-dir', 'X', *flags)
         assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
-    monkeypatch.setenv('THE_WELL_DATA_DIR', 'X')
+    monkeypatch.setenv('THE_WELL_DATA_DIR', 'X/')
     for find in parse, lambda: data.find_dataset('active_matter', 'X'):
         with pytest.raises(ValueError, match=words[0].replace('(', '.').replace(')', '.')):
             find()
