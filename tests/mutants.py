@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-PROTOCOL, EVAL, DATA, CACHE = (f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'cache'))
+PROTOCOL, EVAL, DATA, CACHE, FILES = (
+    f'tests/test_{name}.py' for name in ('protocol', 'eval', 'data', 'cache', 'files'))
 PROBE, TRAIN, VICREG, STEP = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg', 'step'))
 LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'speed'))
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
@@ -290,6 +291,19 @@ MUTANTS = [                                              # file, what stands the
     ('baselines/disco.py', 'if max_steps > 4', 'if max_steps > 5', 'tests/test_disco.py -k again'),
     ('train.py', '8 * WORLD', '8', TRAIN + ' -k each_rank'),
     ('baselines/mpp.py', 'if not inputs.paired:', 'if False:', 'tests/test_errors.py -k before_anything'),
+    # files of every kind
+    ('data.py', 'np.float32(mantissa).astype(float)', 'mantissa', FILES + ' -k precisions'),
+    ('data.py', 'or d.size not in (1, runs):', ':', FILES + ' -k bad_scalars'),
+    ('data.py', "d.attrs.get('time_varying', False)", 'False', FILES + ' -k changes_in_time'),
+    ('data.py', 'and (n > 1 or field.varies[axis])', 'and n > 1', FILES + ' -k bad_fields'),
+    ('data.py', 'and set(others) <= {1}:', ':', FILES + ' -k not_vary'),
+    ('data.py', 'if channel in channels:', 'if False:', FILES + ' -k bad_fields'),
+    ('data.py', "cartesian = set(first['axes']) <= set('xyz')", 'cartesian = True', FILES + ' -k any_names'),
+    ('data.py', 'in enumerate(self.frames)', 'in enumerate(0 * self.frames + 40)', FILES + ' -k own_frames'),
+    ('data.py', 'np.moveaxis(x, axis - 1, -1)', 'x', FILES + ' -k coordinates'),
+    ('data.py', 'std > 1e-5 * size', 'std > 1e-3 * size', FILES + ' -k small'),
+    ('train.py', 'data.frames[run] - FRAMES', 'max(data.frames) - FRAMES', FILES + ' -k own_frames'),
+    ('common.py', 'part.unlink(missing_ok=True)', 'pass', FILES + ' -k full_disk'),
 ]
 
 

@@ -150,6 +150,7 @@ CONSTANT = {                                                             # attri
     'no x': (dict(dim_varying=[False, True]), (3, 33, 16)),
     'y of length 1': (dict(dim_varying=[True, False]), (3, 33, 16, 1)),
     'x of length 1, no time': (dict(dim_varying=[False, True], time_varying=False), (3, 1, 16)),
+    'y of length 1, no time': (dict(dim_varying=[True, False], time_varying=False), (3, 16, 1)),
     'a number': (dict(sample_varying=False, time_varying=False, dim_varying=[False, False]), ()),
 }
 

@@ -184,9 +184,10 @@ class Places(Split):
     def __init__(self, runs=3, frames=81, n=16):
         axes = np.ogrid[:runs, :1, :frames, :n, :n]
         self.fields = sum(a * s for a, s in zip(axes, (1e6, 0, 1e4, 1e2, 1))).astype(np.float32)
-        self.size = n, n
+        self.size, self.frames = (n, n), [frames] * runs
         self.windows = np.array([(r, t) for r in range(runs) for t in range(frames - 31)])
         self.system, self.channels, self.periodic = System(), ['a'], (True, True)
+        self.components, self.symmetries = [('a', ())], (0,)
         self.scalars, self.scale = {'place': np.arange(runs) - 1.0, 'other': np.arange(runs) ** 2}, []
 
     def release(self):
