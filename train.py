@@ -319,7 +319,6 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     terms = dict(zip(sums, (means / WORLD).tolist()))
 
     # what is not finite moves nothing; in float16 the scale was too high, and finds its level
-    scaler.unscale_(optimizer)
     finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
     finite = torch.stack(finite).all()
     lost = not finite and (not scaler.is_enabled() or scaler.get_scale() < 1)
@@ -341,6 +340,14 @@ def optimizer_of(network, c):
         groups.setdefault(0.0 if free else c.weight_decay, []).append(parameter)
     groups = [{'params': parameters, 'weight_decay': w} for w, parameters in groups.items()]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
+
+def restore_optimizer(optimizer, scaler, state, c):
+    """Load a checkpoint's state of both, with the fused kernel of this device, whatever saved it."""
+    for group in state['optimizer']['param_groups']:
+        group['fused'] = c.device == 'cuda'
+    optimizer.load_state_dict(state['optimizer'])
+    if state.get('scaler'):                                    # none of a run in another dtype
+        scaler.load_state_dict(state['scaler'])
 
 # --- the run
 def initial_model(c, module, options, data, state):
@@ -448,16 +455,12 @@ def train(c, module, options):
         check_resumable(c, options, steps, state, checkpoint)
     step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
-    # the model, and its optimizer with the fused kernel of this device, whatever saved it
+    # the model, its optimizer, and what scales its loss
     model = initial_model(c, module, options, data, state)
     optimizer, network, scaler = optimizer_of(model.network, c), model.network, model.scaler()
     c.recompute = models.recompute_blocks(network, c.recompute, c.device)
     if state:
-        if state.get('scaler'):                                # none of a run in another dtype
-            scaler.load_state_dict(state['scaler'])
-        for group in state['optimizer']['param_groups']:
-            group['fused'] = c.device == 'cuda'
-        optimizer.load_state_dict(state['optimizer'])
+        restore_optimizer(optimizer, scaler, state, c)
     announce(c, root, data, model, options, steps, step)
 
     # the network as a step calls it: on all ranks, compiled
