@@ -27,8 +27,8 @@ from pathlib import Path
 
 from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, as_text,
                     at_least, data_folder, fast_dtype, from_rank_0, git_hash, one_rank_first,
-                    option, peak_memory, pick_device, prefetch, processor, read_tensors, say, script,
-                    start_ranks, write_tensors, write_text)
+                    option, peak_memory, pick_device, prefetch, processor, read_tensors, say,
+                    script, start_ranks, write_tensors, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -359,7 +359,6 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     terms = dict(zip(sums, (means / WORLD).tolist()))
 
     # what is not finite moves nothing; in float16 the scale was too high, and finds its level
-    scaler.unscale_(optimizer)
     finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
     finite = torch.stack(finite).all()
     lost = not finite and (not scaler.is_enabled() or scaler.get_scale() < 1)
@@ -373,26 +372,29 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     scaler.update()
     return terms
 
-def optimizer_of(network, c, state=None):
-    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay.
-    state: a checkpoint to go on from; the fused kernel is this device's, whatever saved it."""
+def optimizer_of(network, c):
+    """AdamW with the paper's betas. A network's own `undecayed` says what does not decay."""
     undecayed, groups = getattr(network, 'undecayed', None), {}
     for name, parameter in network.named_parameters():
         free = undecayed is not None and undecayed(name, parameter)
         groups.setdefault(0.0 if free else c.weight_decay, []).append(parameter)
 
     groups = [{'params': parameters, 'weight_decay': w} for w, parameters in groups.items()]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
-    if state:
-        for group in state['optimizer']['param_groups']:
-            group['fused'] = c.device == 'cuda'
-        optimizer.load_state_dict(state['optimizer'])
-    return optimizer
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
+
+def restore_optimizer(optimizer, scaler, state, c):
+    """Load a checkpoint's state of both, with the fused kernel of this device, whatever saved it."""
+    for group in state['optimizer']['param_groups']:
+        group['fused'] = c.device == 'cuda'
+    optimizer.load_state_dict(state['optimizer'])
+    if state.get('scaler'):                                    # none of a run in another dtype
+        scaler.load_state_dict(state['scaler'])
 
 # --- a ridge probe now and then
 def open_probed(c, root, data):
     """{'train' | 'valid': Split} for --probe-every, on rank 0; else {}."""
-    wanted, how = c.probe_every and RANK == 0, (c.resolution, c.stride, c.cache_dir, c.whole)
+    wanted = c.probe_every and RANK == 0 and data.varying()
+    how = c.resolution, c.stride, c.cache_dir, c.whole
     return {'train': data, 'valid': Split(root, data.system, 'valid', *how, os.cpu_count())
             } if wanted else {}
 
@@ -594,10 +596,9 @@ def train(c, module, options):
 
     # the model, its optimizer, and the windows that it may be probed on now and then
     model = initial_model(c, module, options, data, state)
-    network, optimizer = model.network, optimizer_of(model.network, c, state)
-    scaler = model.scaler()
-    if state and state.get('scaler'):                          # none of a run in another dtype
-        scaler.load_state_dict(state['scaler'])
+    network, optimizer, scaler = model.network, optimizer_of(model.network, c), model.scaler()
+    if state:
+        restore_optimizer(optimizer, scaler, state, c)
     c.recompute = models.recompute_blocks(network, c.recompute, c.device)
     probed = open_probed(c, root, data)
     announce(c, root, data, model, options, steps, step)
@@ -609,6 +610,7 @@ def train(c, module, options):
         forward = DistributedDataParallel(network, find_unused_parameters=unused)
     forward = torch.compile(forward) if c.compile else forward
 
+    # what a checkpoint needs besides its step
     save = partial(save_checkpoint, c, options, data, model, optimizer, scaler, steps=steps,
                    git=git_hash(), data_hash=data_hash, machine=ran_on(state, c.device))
 
