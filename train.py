@@ -452,6 +452,14 @@ def initial_model(c, module, options, data, state):
         module.load_published(models.unwrapped(model.network), c.init)
     return model.to(c.device)
 
+def as_stepped(model, c):
+    """A Model's network as a step calls it: on all ranks, compiled."""
+    forward = model.network
+    if WORLD > 1:           # unused: DISCO's other operators; what labels do not train
+        unused = model.inputs.published or c.supervised
+        forward = DistributedDataParallel(forward, find_unused_parameters=unused)
+    return torch.compile(forward) if c.compile else forward
+
 def config_of(state, path):
     """The Config in a checkpoint dict read from `path`. Settings that are gone are ignored."""
     try:
@@ -596,19 +604,12 @@ def train(c, module, options):
 
     # the model, its optimizer, and the windows that it may be probed on now and then
     model = initial_model(c, module, options, data, state)
-    network, optimizer, scaler = model.network, optimizer_of(model.network, c), model.scaler()
+    optimizer, scaler = optimizer_of(model.network, c), model.scaler()
     if state:
         restore_optimizer(optimizer, scaler, state, c)
-    c.recompute = models.recompute_blocks(network, c.recompute, c.device)
-    probed = open_probed(c, root, data)
+    c.recompute = models.recompute_blocks(model.network, c.recompute, c.device)
+    forward, probed = as_stepped(model, c), open_probed(c, root, data)
     announce(c, root, data, model, options, steps, step)
-
-    # the network as a step calls it: on all ranks, compiled
-    forward = network
-    if WORLD > 1:           # unused: DISCO's other operators; what labels do not train
-        unused = model.inputs.published or c.supervised
-        forward = DistributedDataParallel(network, find_unused_parameters=unused)
-    forward = torch.compile(forward) if c.compile else forward
 
     # what a checkpoint needs besides its step
     save = partial(save_checkpoint, c, options, data, model, optimizer, scaler, steps=steps,
