@@ -187,11 +187,12 @@ def what_was_seen(name, top, seen, roots):
     if roots:
         return f'{len(roots)} datasets {name} under {top}. Give one of: {"; ".join(found)}'
 
-    # another one, or a mistake
+    # another one, or a mistake; nothing is simulated among somebody's data
     there = 'no train/, valid/ or test/ with HDF5 files' if top.is_dir() else 'no such folder'
-    make = f', or python simulate.py {name} --data-dir {top}' if can_be_simulated(name) else ''
-    return (f'no {name} under {top}: {"; ".join(found) or there}. '
-            f'Check --data-dir and $THE_WELL_DATA_DIR{make}')
+    do = 'Check --data-dir and $THE_WELL_DATA_DIR'
+    if can_be_simulated(name) and not found:
+        do += f', or python simulate.py {name} --data-dir {top}'
+    return f'no {name} under {top}: {"; ".join(found) or there}. {do}'
 
 def is_complete(root, system, splits):
     """Have these splits as many files as were published? Yes, if that is not known."""

@@ -142,7 +142,8 @@ def not_yet_downloaded(files):
 
 
 ABSENT = {
-    'mistyped': (nothing, ['no active_matter under X: no such folder', '--data-dir', '$THE_WELL_DATA_DIR']),
+    'mistyped': (nothing, ['no active_matter under X: no such folder', '--data-dir', '$THE_WELL_DATA_DIR',
+                           'or python simulate.py active_matter --data-dir X']),
     'empty': (lambda files: Path('X').mkdir(), ['no active_matter under X', 'no train/, valid/ or test/']),
     'another': (another_dataset, ['--data shear_flow --data-dir X/shear_flow (6 files)']),
     'another in its folder': (another_in_its_folder, ['--data shear_flow --data-dir X/active_matter (6 files)']),
@@ -162,6 +163,7 @@ def test_what_is_not_there_is_not_simulated(files, here, monkeypatch, absent):
         with pytest.raises(ValueError) as error:
             parse('--data-dir', 'X', *flags)
         assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
+        assert ('simulate.py' in str(error.value)) == (absent in ('mistyped', 'empty'))
     monkeypatch.setenv('THE_WELL_DATA_DIR', 'X/')
     for find in parse, lambda: data.find_dataset('active_matter', 'X'):
         with pytest.raises(ValueError, match=words[0].replace('(', '.').replace(')', '.')):
