@@ -383,7 +383,7 @@ def optimizer_of(network, c):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=c.device == 'cuda')
 
 def restore_optimizer(optimizer, scaler, state, c):
-    """Load a checkpoint's state of both, with the fused kernel of this device, whatever saved it."""
+    """Load the state of both in a checkpoint, but with the fused kernel of this device."""
     for group in state['optimizer']['param_groups']:
         group['fused'] = c.device == 'cuda'
     optimizer.load_state_dict(state['optimizer'])
