@@ -343,6 +343,8 @@ def test_probing_is_cheap_and_draws_nothing(made, well, monkeypatch):
     state = torch.get_rng_state()
     first, again = (train.probe_on_valid(model.train(), splits, c, 0, 9) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state()) and first == again and model.network.encoder.training
+    c.noise = 0.0
+    assert train.probe_on_valid(model, splits, c, 0, 9) != first         # which saw the noise of training
     for split in splits.values():
         split.windows = np.repeat(split.windows, 60, 0)
         split.load = lambda windows, frames: seen.append(windows) or torch.zeros(len(windows), 11, frames, 1, 1)
