@@ -226,7 +226,7 @@ class JEPA(nn.Module):
         # embed both; `self.embedding` keeps one for logs
         if self.teacher is None:
             z, z_next = self.encoder(torch.cat([context, target])).chunk(2)
-            self.embedding = z_next.detach()
+            self.embedding = z_next.detach().clone()         # compiled, a view of z_next crashes
         else:
             z = self.encoder(context)                                    # (B, D, h, w)
             self.embedding = z.detach()

@@ -170,11 +170,11 @@ def preset_settings(module, preset, system):
     of_model = getattr(module, 'PRESETS', {})
     names = [key for key in PRESETS | of_model if isinstance(key, str)]
     if preset not in ('smoke', *names):
-        models_with_it = [name for name in models.MODELS
-                          if preset in getattr(models.find_model(name), 'PRESETS', {})]
-        hint = f'add --model {models_with_it[0]}, or ' if models_with_it else ''
-        raise ValueError(f'this model has no preset {preset!r}: {hint}choose from auto, smoke, '
-                         f'{", ".join(names)}')
+        # perhaps another model has it
+        hints = [f'add --model {name}, or ' for name in models.MODELS
+                 if preset in getattr(models.find_model(name), 'PRESETS', {})]
+        raise ValueError(f'this model has no preset {preset!r}: {"".join(hints[:1])}choose from '
+                         f'auto, smoke, {", ".join(names)}')
     key, more = ('nano', SMOKE) if preset == 'smoke' else (preset, {})
     settings = PRESETS.get(key, {}) | of_model.get(key, {}) | of_model.get((key, system), {}) | more
     # a typo in a model's file would pass in silence

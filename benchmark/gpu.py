@@ -14,20 +14,18 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import (FRAMES, git_hash, machine, option, parse, peak_memory, pick_device, say, script,
+from common import (git_hash, machine, option, parse, peak_memory, pick_device, say, script,
                     write_text)
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import probe
+import eval as evaluation
 import simulate
 import train
 from benchmark import speed
-from data import Split
 from jepa import ChannelNorm, DepthwiseConv3d, Stem
-from model import load_run
 from systems import DEFAULT, find_system
 from vicreg import in_full
 
@@ -39,13 +37,14 @@ STEPS = {                   # what is timed: model and flags of train.py
     'JEPA, norms as mean and variance': PAPER + 'no', 'JEPA, compiled': PAPER + 'no --compile',
     'JEPA, norm and MLP recomputed, compiled': PAPER + 'mlp --compile',
     'V-JEPA': 'vjepa --preset paper', 'VideoMAE': 'videomae --preset paper',
+    'MPP': 'mpp --preset paper', 'DISCO': 'disco --preset paper',
     'V-JEPA, real': 'vjepa --preset real --resolution 256', 'JEPA, nano': 'jepa --preset nano'}
 # trained side by side. In the official code, whose ranks are not synchronised, an update is of 32
 RACE = {'real': 'vjepa --preset real', 'paper': 'jepa --preset paper --batch 32'}
-SMALL = {                   # of a rehearsal
-    'jepa': '--widths 8,8,8,8,8 --blocks 1,1,0,0,0 --micro-batch 2 --batch 2 --resolution 32',
-    'vjepa': '--width 128 --heads 2 --depth 2 --micro-batch 2 --batch 2 --resolution 32',
-    'videomae': '--width 64 --heads 1 --depth 2 --micro-batch 2 --batch 2 --resolution 32'}
+IN_MINIATURE = '--micro-batch 2 --batch 2 --resolution 32 '              # of a rehearsal
+SMALL = {'jepa': IN_MINIATURE + '--widths 8,8,8,8,8 --blocks 1,1,0,0,0',
+         'disco': IN_MINIATURE + '--width 32 --depth 1 --heads 2 --operator-width 4 --max-steps 2'}
+SMALL_VIT = IN_MINIATURE + '--width 64 --depth 2 --heads 1'
 
 @dataclass
 class Settings:
@@ -56,7 +55,7 @@ class Settings:
 
 # --- other forms of JEPA's layers
 def plain_stem(layer, x):
-    """As the official code has it, in the default memory layout."""
+    """The official code's, in the default memory layout."""
     return F.conv3d(F.pad(x, (1, 2, 1, 2)), layer.weight, layer.bias)
 
 def norm_by_moments(layer, x):
@@ -77,7 +76,7 @@ def measure_step(name, rehearse):
     """A training step's speed and memory; its loss and gradient, which no form may change."""
     title, dtype = name.rsplit(', ', 1)
     model, *flags = STEPS[title].split()
-    flags += SMALL[model].split() if rehearse and 'nano' not in flags else []
+    flags += SMALL.get(model, SMALL_VIT).split() if rehearse and 'nano' not in flags else []
     c, options = speed.settings(model, 'cpu' if rehearse else 'cuda', *flags, '--dtype', dtype)
     network, step = speed.trainer(c, options, FORMS.get(title, {}))
 
@@ -90,8 +89,7 @@ def measure_step(name, rehearse):
             'loss': loss, 'gradient': torch.stack(gradients).norm().item()}
 
 def make_data(folder, minutes, rehearse):
-    """Simulate 92 runs of 48 frames at 256 x 256, as if downloaded. How long each may train then.
-    """
+    """Simulate 92 runs of 48 frames at 256 x 256, as if downloaded; minutes to train each."""
     presets, began = find_system(DEFAULT).presets, time.time()
     presets['race'] = replace(presets['well'], frames=48, pairs=presets['well'].pairs[::2],
                               runs=dict(train=2, valid=1, test=1), files_at_once=8)
@@ -101,10 +99,10 @@ def make_data(folder, minutes, rehearse):
     return {'minutes_each': (minutes - (time.time() - began) / 60) / 3}
 
 def train_and_probe(name, folder, minutes, rehearse):
-    """Train for so many minutes; ridge and kNN, fitted on train, are chosen and scored on valid."""
+    """Train for so many minutes; then ridge and kNN, chosen and scored on valid."""
     model, *flags = RACE[name].split()
     flags += ['--model', model, '--data-dir', str(folder)]
-    flags += SMALL[model].split() if rehearse else ['--dtype', 'bfloat16']
+    flags += SMALL.get(model, SMALL_VIT).split() if rehearse else ['--dtype', 'bfloat16']
 
     # ten steps say how many the minutes have room for
     first, out = folder / f'first-{name}', folder / name
@@ -113,28 +111,20 @@ def train_and_probe(name, folder, minutes, rehearse):
     rate, (c, _, _) = np.median([row['samples_per_s'] for row in log[5:]]), train.parse(flags, '')
     steps = max(10, round(60 * minutes * rate / c.batch))
     train.main([*flags, '--steps', str(steps), '--out', str(out)])
-    result = {'windows': steps * c.batch, 'minutes': minutes}
 
-    # mean tokens of windows 8 frames apart
-    for row, trained in ('trained', True), ('random init', False):
-        model, splits = load_run(out, trained=trained), {}
-        for split in 'train', 'valid':
-            data = Split(folder / DEFAULT, find_system(DEFAULT), split, c.resolution, stride=8)
-            tokens = [model.embed(data.load([window], FRAMES)).mean(1, keepdim=True).float().cpu()
-                      for window in data.windows]
-            labels = torch.tensor(data.standard_labels[data.windows[:, 0]])
-            splits[split] = torch.cat(tokens), labels
-        for method in probe.linear, probe.knn:
-            errors = (method(splits, scored='valid') - labels).square().mean(0).tolist()
-            result[f'{row}, {method.__name__}'] = dict(zip(data.varying(), errors))
-    return result
+    # windows 8 frames apart; an epoch of the attentive probe, whose errors nobody wants
+    evaluation.main([str(out), '--split', 'valid', '--stride', '8', '--epochs', '1'])
+    rows = json.loads((out / 'eval.json').read_text())['rows']
+    return {'windows': steps * c.batch, 'minutes': minutes, 'errors': {
+        f'{row}, {method}': errors[method] for row, errors in rows.items()
+        for method in ('linear', 'knn') if method in errors}}
 
 def measure(name, folder, minutes, rehearse):
     """The measurement of this name."""
     if name == TESTS:
-        p = subprocess.run([sys.executable, *'-m pytest -q -m gpu'.split()],
-                           capture_output=True, text=True)
-        return {'said': p.stdout.splitlines()[-1], 'output': p.stdout[-4000:]}
+        command = [sys.executable, '-m', *TESTS.split(), '-q']
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+        return {'said': text.splitlines()[-1], 'output': text[-4000:]}
     if name == DATA:
         return make_data(folder, minutes, rehearse)
     if name in RACE:
@@ -160,6 +150,8 @@ def table(results):
     lines = [f'{results["machine"]}, commit {results["commit"][:7]}. '
              f'`{TESTS}`: {found.get(TESTS, {}).get("said", "not run")}', '',
              '| training step | windows | windows/s | GB | gradient |', '|---|---|---|---|---|']
+
+    # a line for each step
     for name, row in found.items():
         if 'windows_per_s' in row:
             lines.append(f'| {name} | {row["windows"]} | {row["windows_per_s"]:.3g} | '
@@ -169,12 +161,11 @@ def table(results):
 
     # the two that were trained
     lines += ['', '| on valid | windows | minutes | probe | errors |', '|---|---|---|---|---|']
-    for name in RACE:
-        row = found.get(name, {})
-        for probed, errors in [(k, v) for k, v in row.items() if isinstance(v, dict)]:
-            errors = ', '.join(f'{label} {error:.3f}' for label, error in errors.items())
+    for name, row in found.items():
+        for probed, errors in row.get('errors', {}).items():
+            shown = ', '.join(f'{label} {error:.3f}' for label, error in errors.items())
             lines.append(f'| {name} | {row["windows"]} | {row["minutes"]:.1f} | {probed} | '
-                         f'{errors} |')
+                         f'{shown} |')
     return '\n'.join(lines)
 
 def draw(results, page=Path('docs/speed.md')):
@@ -198,6 +189,7 @@ def main(argv=None):
     results |= {'machine': machine(device), 'commit': git_hash()}
     measured = results['measured']
     steps = [f'{title}, {dtype}' for dtype in ('bfloat16', 'float32') for title in STEPS]
+
     for name in [TESTS, *steps, DATA, *RACE]:
         left = args.minutes - (time.time() - began) / 60
         if left > 0 and 'error' in measured.get(name, ['error']):

@@ -1,20 +1,17 @@
 """
 What does a training step compute, and how fast?  python -m benchmark.speed
 
-Steps are train.py's own, of one micro-batch: forward, backward, AdamW; at nano's sizes on CPU, at
-the paper's on CUDA. FLOP are those of matrix products, convolutions and attention, two for a
-multiplication with its addition, as they are executed: the zeros of DepthwiseConv3d count, too.
-They are compared with products of square matrices in the step's dtype. On CUDA convolutions are in
-TF32 and products in float32, so a convolution may be faster. Memory is the GPU's peak; on CPU it is
-that of this process so far.
+Steps are train.py's own, of one micro-batch: forward, backward, AdamW; at nano's sizes, on CPU (for
+a GPU there is benchmark/gpu.py). FLOP are those of matrix products, convolutions and attention, two
+for a multiplication with its addition, as they are executed: the zeros of DepthwiseConv3d count,
+too. They are compared with products of square matrices. Memory is that of this process so far.
 """
 import functools
 import itertools
 import math
 import tempfile
-from dataclasses import dataclass
 
-from common import machine, option, parse, peak_memory, pick_device, script
+from common import Parser, machine, peak_memory, script
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
@@ -28,10 +25,6 @@ from jepa import WIDTHS
 from systems import find_system
 
 LABELS = 2                  # of each system here
-
-@dataclass
-class Settings:
-    device: str = option('auto', 'cuda, cpu, mps, or auto', 'machine')
 
 def seconds(function, repeats):
     """Mean seconds of a function, after two calls that do not count."""
@@ -66,12 +59,11 @@ def count(function):
 
 # --- training steps
 def settings(name, device, *flags):
-    """(Config, Options) of a model: nano's on CPU, the paper's on CUDA. flags: train.py's."""
-    preset = 'paper' if device == 'cuda' else 'nano'
+    """(Config, Options) of a model, nano's if the flags, train.py's, do not say otherwise."""
     with tempfile.TemporaryDirectory() as empty:                         # no dataset, and no run
-        c, _, options = train.parse(['--model', name, '--preset', preset, '--device', device,
+        c, _, options = train.parse(['--model', name, '--preset', 'nano', '--device', device,
                                      '--data-dir', empty, '--out', empty, *map(str, flags)], '',
-                                     missing=True)
+                                    missing=True)
     c.batch = c.micro_batch
     return c, options
 
@@ -125,34 +117,30 @@ def gflop_per_window(c, options):
 
 def measure(title, c, options, repeats):
     """What a training step takes, beside matrix products of the same dtype: a dict."""
-    if c.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
     _, step = trainer(c, options)
     flop, memory = count(step), peak_memory()                            # and it warms up
-    n = 8192 if c.device == 'cuda' else 1024
-    square = torch.randn(n, n, device=c.device, dtype=getattr(torch, c.dtype))
+    n, square = 1024, torch.randn(1024, 1024, dtype=getattr(torch, c.dtype))
     step_s, product_s = seconds(step, repeats), seconds(lambda: square @ square, repeats)
     rate, of_products = flop / step_s / 1e9, 2 * n**3 / product_s / 1e9
     return {'model': title, 'windows': c.batch, 'gflop_per_window': flop / c.batch / 1e9,
             'windows_per_s': c.batch / step_s, 'gflop_per_s': rate, 'memory_gb': memory,
             'matmul_gflop_per_s': of_products, 'share_of_matmul': rate / of_products}
 
-def cases(device):
+def cases():
     """(title, Config, Options) of each model, the default one with each of its encoders."""
     for name in sorted(models.MODELS):
         if name != models.DEFAULT:
-            yield models.title(name), *settings(name, device)
+            yield models.title(name), *settings(name, 'cpu')
     for encoder, widths in WIDTHS.items():
-        flags = models.DEFAULT, device, '--encoder', encoder, '--widths', ','.join(map(str, widths))
+        flags = models.DEFAULT, 'cpu', '--encoder', encoder, '--widths', ','.join(map(str, widths))
         yield f'{models.title(models.DEFAULT)}, {encoder}', *settings(*flags)
 
 @script
 def main(argv=None):
-    args, = parse(__doc__, Settings, argv)
-    device = pick_device(args.device)
-    print(f'{machine(device)}\n\n{"training step":17} {"windows":>10} {"GFLOP/window":>13} '
+    Parser(__doc__).parse_args(argv)
+    print(f'{machine("cpu")}\n\n{"training step":17} {"windows":>10} {"GFLOP/window":>13} '
           f'{"windows/s":>10} {"GFLOP/s":>9} {"of matmul":>10} {"GB":>6}')
-    for title, c, options in cases(device):
+    for title, c, options in cases():
         row, (H, W) = measure(title, c, options, repeats=3), size_of(c)
         print(f'{title:17} {f"{c.batch}x{H}x{W}":>10} {row["gflop_per_window"]:13.4g} '
               f'{row["windows_per_s"]:10.4g} {row["gflop_per_s"]:9.4g} '

@@ -53,6 +53,13 @@ def test_ways_to_run(flags, well, tmp_path):
     assert 0 < line['memory_gb'] < 40
 
 
+def test_the_papers_jepa_compiled(well, tmp_path):
+    """Its embedding is kept as a copy: a view of the network's output crashed PyTorch."""
+    run('train.py', *TINY, '--views', 'paired', '--standardize', 'false', '--residual', 'false', '--steps', 3, '--compile',
+        *ON_GPU, well, '--out', 'out', cwd=tmp_path)
+    assert np.isfinite(losses(tmp_path / 'out')).all()
+
+
 @gpu_only
 def test_bfloat16_is_chosen_by_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

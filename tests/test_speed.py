@@ -71,7 +71,7 @@ def test_a_step_is_a_training_step():
 
 
 def test_every_model_has_a_row():
-    found = [(c.model, getattr(options, 'encoder', ''), c.preset) for _, c, options in speed.cases('cpu')]
+    found = [(c.model, getattr(options, 'encoder', ''), c.preset) for _, c, options in speed.cases()]
     assert {model for model, _, _ in found} == set(model_names) and {preset for *_, preset in found} == {'nano'}
     assert [encoder for model, encoder, _ in found if model == 'jepa'] == ['convnext', 'statistics']
     for name in model_names:                                           # on CUDA
@@ -89,11 +89,11 @@ def test_fields_that_are_no_squares_are_counted_as_they_are():
 
 def test_what_is_printed(monkeypatch, capsys):
     """The table of steps."""
-    monkeypatch.setattr(speed, 'cases', lambda device: [('V-JEPA', *speed.settings(
-        'vjepa', device, *MODELS['vjepa'], '--batch', 4, '--micro-batch', 4))])
+    monkeypatch.setattr(speed, 'cases', lambda: [('V-JEPA', *speed.settings(
+        'vjepa', 'cpu', *MODELS['vjepa'], '--batch', 4, '--micro-batch', 4))])
     times = iter((2.0, 1.0))                                             # step, product
     monkeypatch.setattr(speed, 'seconds', lambda function, repeats: next(times))
-    speed.main(['--device', 'cpu'])
+    speed.main([])
     said = capsys.readouterr().out.splitlines()
     row = next(line for line in said if line.startswith('V-JEPA')).split()
     assert row[1] == '4x32x32' and float(row[3]) == 2 and row[5].endswith('%') and len(row) == 7

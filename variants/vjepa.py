@@ -143,12 +143,6 @@ class Predictor(nn.Module):
         x = torch.cat([self.embed(z) + position[visible], self.mask_token + position[hidden]], 1)
         return self.decoder(x, hidden.shape[1])
 
-    def next_clip(self, z):
-        """All tokens of a clip (B, N, dim) -> those of the next one, place by place (B, N, dim)."""
-        N, width = z.shape[1], self.mask_token.shape[-1]
-        x = self.embed(z) + positions(N, width, self.mask_token.dtype, z.device)
-        return self.decoder(x, N)
-
 class VJEPA(nn.Module):
     """Encoder, teacher, predictor. forward(context, target) -> {'loss', 'error', 'std', 'cov'}."""
     def __init__(self, channels, **settings):
@@ -176,12 +170,14 @@ class VJEPA(nn.Module):
         return F.layer_norm(y, y.shape[-1:])
 
     def predict_next(self, context, target):
-        """Tokens (B, N, D) of these frames, those predicted of the next, and the teacher's."""
+        """All tokens (B, N, D) of these frames; of the next, as predicted and as the teacher's."""
         context, target = (patchify(x, TUBELET, self.options.patch) for x in (context, target))
-        z = self.encoder(context)
+        z, layers = self.encoder(context), self.predictor
         with torch.no_grad():
             y = self.teacher(target)                                     # its last layer is a norm
-        return z, self.predictor.next_clip(z), y
+        x = layers.embed(z)                                              # (B, N, width)
+        x = x + positions(*x.shape[1:], layers.mask_token.dtype, x.device)
+        return z, layers.decoder(x, x.shape[1]), y
 
     def predict_hidden(self, context, target, generator):
         """Of each mask: visible tokens (2B, n, D), predicted hidden ones (2B, m, D), the same."""
