@@ -44,7 +44,8 @@ OF_MODEL = {
     'mpp': dict(batch=256, min_lr=1e-6, noise=0.0,                       # [O] the paper starts from published weights
                 size='Ti', width=0, depth=0, heads=0, layer_scale=1e-6, official_state_map=False),       # [M]
     'disco': dict(batch=256, min_lr=1e-6, noise=0.0)}                    # [O] likewise
-ELSEWHERE = {'data', 'model', 'preset', 'data_dir', 'cache_dir', 'out', 'device', 'seed', 'save_every'}
+ELSEWHERE = {'data', 'model', 'preset', 'data_dir', 'cache_dir', 'out', 'device', 'seed', 'save_every', 'save_minutes',
+             'keep_every', 'probe_every', 'wandb'}
 
 
 @pytest.mark.parametrize('name', OF_MODEL)
