@@ -21,7 +21,7 @@ PROTOCOL, EVAL, DATA, CACHE = (f'tests/test_{name}.py' for name in ('protocol', 
 PROBE, TRAIN, VICREG, STEP = (f'tests/test_{name}.py' for name in ('probe', 'train', 'vicreg', 'step'))
 LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', 'vjepa', 'pixels', 'speed'))
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
-BENCHMARK, CARRIES = 'tests/test_benchmark.py', 'tests/test_generalize.py'
+BENCHMARK, CARRIES, GPU = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'gpu_benchmark'))
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -48,6 +48,13 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', 'abs(s - t) >= FRAMES', 'abs(s - t) >= 1', PROTOCOL),
     ('train.py', 'standard_labels[windows[:, 0]]', 'standard_labels[windows[:, 1] % 3]', PROTOCOL),
     ('videomae.py', "parameter.ndim == 1 or name == 'mask_token'", 'parameter.ndim == 1', PROTOCOL),
+    # a recipe, and what is measured on a GPU
+    ('variants/vjepa.py', 'std_coeff=50.0', 'std_coeff=25.0', PROTOCOL + ' -k real_preset'),
+    ('variants/vjepa.py', 'y = self.teacher(target)', 'y = self.teacher(context)', VJEPA + ' -k next_frames'),
+    ('variants/vjepa.py', "if not inputs.paired:", 'if False:', VJEPA + ' -k bad_options'),
+    ('benchmark/gpu.py', 'x = (x - mean) * (variance', 'x = x * (variance', GPU + ' -k moments'),
+    ('benchmark/gpu.py', "'error' in measured.get(name, ['error'])", 'name not in measured', GPU + ' -k fails'),
+    ('benchmark/gpu.py', "(folder / DEFAULT / 'simulated.json').unlink()", 'pass', GPU + ' -k the_data'),
     # settings of the paper
     ('systems/shear_flow.py', 'lr=1e-4', 'lr=1e-3', PROTOCOL),
     ('systems/shear_flow.py', 'epochs=6.0', 'epochs=30.0', PROTOCOL),
