@@ -24,6 +24,7 @@ LOSSES, VJEPA, PIXELS, SPEED = (f'tests/test_{name}.py' for name in ('losses', '
 STATISTICS, SIMULATE, FIGURES = (f'tests/test_{name}.py' for name in ('statistics', 'simulate', 'figures'))
 DATASETS, MEMORY = 'tests/test_datasets.py', 'tests/test_memory.py'
 BENCHMARK, CARRIES, REPORTING = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'reporting'))
+BENCHMARK, CARRIES, GPU = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'gpu_benchmark'))
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
 REQUEUE = 'tests/test_requeue.py'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
@@ -71,6 +72,13 @@ MUTANTS = [                                              # file, what stands the
     ('common.py', 'os._exit(128 + number)', 'pass', REQUEUE + ' -k second_signal'),
     ('common.py', "'TORCHELASTIC_RUN_ID' not in os.environ or", '', REQUEUE + ' -k second_signal'),
     ('common.py', 'raise KeyboardInterrupt', 'pass', REQUEUE + ' -k ctrl_c'),
+    # a recipe, and what is measured on a GPU
+    ('variants/vjepa.py', 'std_coeff=50.0', 'std_coeff=25.0', PROTOCOL + ' -k real_preset'),
+    ('variants/vjepa.py', 'y = self.teacher(target)', 'y = self.teacher(context)', VJEPA + ' -k next_frames'),
+    ('variants/vjepa.py', "if not inputs.paired:", 'if False:', VJEPA + ' -k bad_options'),
+    ('benchmark/gpu.py', 'x = (x - mean) * (variance', 'x = x * (variance', GPU + ' -k moments'),
+    ('benchmark/gpu.py', "'error' in measured.get(name, ['error'])", 'name not in measured', GPU + ' -k fails'),
+    ('benchmark/gpu.py', "(folder / DEFAULT / 'simulated.json').unlink()", 'pass', GPU + ' -k the_data'),
     # settings of the paper
     ('systems/shear_flow.py', 'lr=1e-4', 'lr=1e-3', PROTOCOL),
     ('systems/shear_flow.py', 'epochs=6.0', 'epochs=30.0', PROTOCOL),
