@@ -112,8 +112,8 @@ def train_and_probe(name, folder, minutes, rehearse):
     steps = max(10, round(60 * minutes * rate / c.batch))
     train.main([*flags, '--steps', str(steps), '--out', str(out)])
 
-    # windows 8 frames apart; an epoch of the attentive probe, whose errors nobody wants
-    evaluation.main([str(out), '--split', 'valid', '--stride', '8', '--epochs', '1'])
+    # windows 8 frames apart, on valid
+    evaluation.main([str(out), '--stride', '8', '--probes', 'linear,knn'])
     rows = json.loads((out / 'eval.json').read_text())['rows']
     return {'windows': steps * c.batch, 'minutes': minutes, 'errors': {
         f'{row}, {method}': errors[method] for row, errors in rows.items()
