@@ -25,6 +25,7 @@ from pathlib import Path
 if (Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -290,6 +291,10 @@ class Progress(tqdm):
                 self.refresh()                                 # the last line,
             self.leave, self.fp = False, io.StringIO()         # and no empty one after it
         super().close()
+
+def draw_seed(numbers):
+    """A seed for torch from a tuple of numbers: other numbers, other random bits, all of them."""
+    return int(np.random.default_rng(numbers).integers(2**63))
 
 def prefetch(load, jobs, workers):
     """load(job) for each job, in order, computed ahead by `workers` threads."""

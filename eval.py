@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 
 from common import (FRAMES, LOCAL_RANK, RANK, SPLITS, WORLD, Progress, at_least, data_folder,
-                    from_rank_0, gather_on_rank_0, git_hash, machine, one_rank_first, option, parse,
-                    peak_memory, pick_device, prefetch, say, script, start_ranks, write_bytes,
-                    write_text)
+                    draw_seed, from_rank_0, gather_on_rank_0, git_hash, machine, one_rank_first,
+                    option, parse, peak_memory, pick_device, prefetch, say, script, start_ranks,
+                    write_bytes, write_text)
 import numpy as np
 import torch
 
@@ -207,10 +207,6 @@ class Run:
             if not tokens.isfinite().all():
                 raise ValueError(f'{self.path}: tokens are not finite, or too large for float16')
             yield tokens
-
-def draw_seed(seed):
-    """A seed for torch from a tuple of numbers."""
-    return int(np.random.default_rng(seed).integers(2**63))
 
 # --- rows of the table: {probe: estimates of the labels of the scored windows (n, L)}
 def fit_probes(splits, args, title, mlp_ratio=0.0, seed=0, device='cpu', attentive=True, epochs=0,

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 
 from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, as_text,
-                    at_least, data_folder, fast_dtype, from_rank_0, git_hash, one_rank_first,
-                    option, peak_memory, pick_device, prefetch, processor, read_tensors, say,
-                    script, start_ranks, write_tensors, write_text)
+                    at_least, data_folder, draw_seed, fast_dtype, from_rank_0, git_hash,
+                    one_rank_first, option, peak_memory, pick_device, prefetch, processor,
+                    read_tensors, say, script, start_ranks, write_tensors, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -328,9 +328,10 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
         x = model.normalise(x)                                 # (B, C, 32, H, W)
         labels = [labels.to(x.dtype).to(x.device)] if c.supervised else []
 
-        # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself
+        # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself.
+        # A generator on the CPU keeps 32 bits of a seed, so --seed 4 draws masks as 0 does
         alike = (c.seed * 2**20 + step) * 1024 + micro
-        of_rank = (alike * 1024 + RANK) % 2**63
+        of_rank = draw_seed((c.seed, 9, step, micro, RANK))
         generator = torch.Generator().manual_seed(alike % 2**63)
         torch.manual_seed(of_rank)                             # for dropout and the like
         if c.noise > 0:

@@ -62,6 +62,13 @@ def test_labels_and_normalization(published):
     assert not mean.any() and (std == 1).all()
 
 
+def test_labels_are_z_scored_over_the_runs(mini):
+    """By the mean and the standard deviation of all of them, as guessing the mean must score 1."""
+    labels = data.Split(mini, ACTIVE, 'train').standard_labels                # (runs, L)
+    assert labels.shape == (8, 2) and np.allclose(labels.mean(0), 0, atol=1e-12)
+    assert np.allclose((labels**2).mean(0), 1, atol=1e-12)
+
+
 def test_scalars_may_differ_between_the_runs_of_a_file(published):
     with h5py.File(files_of(published)[0], 'r+') as f:
         del f['scalars/alpha']

@@ -196,6 +196,21 @@ def seeing_all(run, trained=True):
     return model
 
 
+def test_every_window_has_the_label_of_its_run(well, here):
+    """z-scored by the training runs; the runs differ, and so do windows of one file."""
+    r = evaluation.Run(made(well, 'out/a'), evaluation.Settings(device='cpu', split='test', stride=16))
+    for name, split in r.splits.items():
+        found = {}
+        for (run, _), target in zip(r.windows[name].tolist(), r.targets[name].tolist()):
+            found.setdefault(run, set()).add(tuple(target))
+        mean, std = (np.array(r.state[key]) for key in ('label_mean', 'label_std'))
+        for run, targets in found.items():
+            with h5py.File(well / 'active_matter/data' / name / split.runs[run]['file']) as f:
+                value = [f['scalars'][label][()] for label in ('alpha', 'zeta')]
+            assert targets == {tuple((value - mean) / std)}
+        assert len(found) == len(split.runs) and len(set.union(*found.values())) >= 3
+
+
 def test_a_windows_noise_is_its_own(well, here):
     """Whatever batch it is in, and before training as after; no two windows, and no two seeds, have the same."""
     made(well, 'out/a', '--noise', 0.5)

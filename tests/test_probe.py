@@ -112,6 +112,17 @@ def test_features_are_of_one_scale():
     assert torch.allclose(probe.linear(small)[0], probe.linear(splits)[0], atol=1e-3)
 
 
+def test_features_are_z_scored_by_train_alone():
+    """The splits that choose and score may be shifted and stretched: their statistics play no part."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n, shift, scale: (shift + scale * torch.randn(n, 3, 8, generator=generator), torch.zeros(n, 1))
+    splits = {'train': draw(50, 2.0, 3.0), 'valid': draw(20, -7.0, 11.0), 'test': draw(30, 40.0, 0.1)}
+    scaled = probe.standardize(splits)
+    mean, std = (getattr(splits['train'][0].double().mean(1), name)(0) for name in ('mean', 'std'))
+    for name, (x, _) in splits.items():
+        assert torch.allclose(scaled[name][0] * std + mean, x.double().mean(1), atol=1e-4), name
+
+
 def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
     """Half precision, in a file that leaves no trace; worked on in parts; the probes read the same from them."""
     torch.manual_seed(0)

@@ -1,10 +1,14 @@
 """A step of training: what is not finite moves nothing, blocks may be computed again."""
+import json
+
 import pytest
 import torch
 
 import train
 from helpers import BASE, CHANNELS, MODELS, NANO, RIVALS, STEPS, TINY, run
-from model import Inputs, build_model, recompute_blocks
+from data import Split
+from model import Inputs, Model, build_model, recompute_blocks
+from systems import find_system
 
 AHEAD = {'jepa': TINY, 'nano': NANO, 'ema': [*NANO, '--target', 'ema'], 'sigreg': [*NANO, '--loss', 'sigreg'],
          'infonce': [*NANO, '--loss', 'infonce'], 'supervised': [*NANO, '--supervised'],
@@ -93,3 +97,77 @@ def test_a_run_goes_on_with_the_adamw_of_its_device(flag, well, trained, tmp_pat
     monkeypatch.chdir(tmp_path)
     train.main([str(flag) for flag in [*TINY, '--data-dir', well, '--steps', STEPS + 1, '--out', 'out']])
     assert seen == [False]
+
+
+# ---------------------------------------------------------------------------------------------
+# what a step is given
+
+class Listener(torch.nn.Module):
+    """A network that keeps what it sees, and what its generator draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.inputs, self.drawn = torch.nn.Linear(4, 8), [], []
+
+    def forward(self, context, target, generator):
+        self.inputs.append(torch.cat([context, target], 2))
+        self.drawn.append(torch.rand(4, generator=generator))
+        return {'loss': self.encoder(context).square().mean()}
+
+
+def heard(monkeypatch, rank=0, **settings):
+    """A Listener after two steps of two micro-batches each; its fields are zeros, and noise."""
+    monkeypatch.setattr(train, 'RANK', rank)
+    c, network = train.Config(batch=4, micro_batch=2, noise=1.0, dtype='float32', **settings), Listener()
+    model = Model(network, Inputs('any', ['a'], (True, True), (8, 4)), [0], [1])
+    optimizer = train.optimizer_of(network, c)
+    for step in 0, 1:
+        batches = iter([(torch.zeros(2, 1, 32, 8, 4), None)] * 2)
+        train.train_step(model, network, optimizer, batches, c, step)
+    return network
+
+
+def test_draws_differ_between_micro_batches_and_steps_but_not_between_ranks(monkeypatch):
+    """Masks and chunks are of all ranks together; the noise is each rank's own."""
+    first, second, again = (heard(monkeypatch, rank) for rank in (0, 1, 0))
+    assert len(torch.stack(first.drawn).unique(dim=0)) == len(torch.stack(first.inputs).unique(dim=0)) == 4
+    assert all(map(torch.equal, first.drawn, second.drawn))
+    assert not any(map(torch.equal, first.inputs, second.inputs))
+    assert all(map(torch.equal, first.drawn + first.inputs, again.drawn + again.inputs))
+    other = heard(monkeypatch, seed=1)
+    assert not any(map(torch.equal, first.drawn + first.inputs, other.drawn + other.inputs))
+
+
+def test_micro_batches_and_ranks_share_a_batch(published, monkeypatch):
+    """Whatever the cut, the windows of a step are the same, each once, with its label, crop and turn."""
+    data = Split(published, find_system('active_matter'), 'train')
+
+    def batch(step, micro_batch, world=1):
+        monkeypatch.setattr(train, 'WORLD', world)
+        c, parts = train.Config(batch=8, micro_batch=micro_batch, crop=8, augment=True, seed=3, device='cpu'), []
+        for micro in range(8 // micro_batch):
+            for rank in range(world):
+                monkeypatch.setattr(train, 'RANK', rank)
+                parts.append(train.load_batch(data, c, step, micro))
+        return [torch.cat(part) for part in zip(*parts)]
+    whole = batch(0, 8)
+    assert len(whole[0].unique(dim=0)) == 8 and whole[0].shape == (8, 11, 32, 8, 8)
+    for cut in batch(0, 2), batch(0, 4, world=2), batch(0, 8, world=4):
+        assert all(map(torch.equal, whole, cut))
+    assert not torch.equal(batch(1, 8)[0], whole[0])
+
+
+def test_the_optimizer_has_the_rate_of_the_schedule(well, tmp_path, monkeypatch):
+    """Every step, of all its groups, and the log says so. The warmup's length is in epochs, the schedule's in steps."""
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda *args: seen.append(
+        {group['lr'] for group in args[2].param_groups}) or step(*args))
+    monkeypatch.chdir(tmp_path)
+    train.main([str(flag) for flag in [*NANO, '--data-dir', well, '--warmup-epochs', 0.25, '--lr', 0.02,
+                                       '--min-lr', 0.001, '--steps', 30, '--stride', 3, '--out', 'out']])
+    log = [json.loads(line) for line in (tmp_path / 'out/log.jsonl').read_text().splitlines()]
+    rates = [row['lr'] for row in log]
+    assert seen == [{rate} for rate in rates]
+    # 6 training runs with 17 windows each are 102: a quarter of an epoch is 3 steps of 8
+    assert rates[:3] == pytest.approx([0.001 + 0.019 / 3, 0.001 + 0.019 * 2 / 3, 0.02])
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[3] == pytest.approx(0.02) and rates[-1] == 0.001
