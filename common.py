@@ -150,7 +150,8 @@ class Stop(contextlib.ContextDecorator):
         if kind is KeyboardInterrupt or self.where:
             number = self.number or signal.SIGTERM             # another rank's
             if RANK == 0:
-                print(f'stopped by {signal.Signals(number).name}{self.where}', file=sys.stderr)
+                kept = self.where or ': files that are complete are kept'
+                print(f'stopped by {signal.Signals(number).name}{kept}', file=sys.stderr)
             sys.exit(128 + number)
 
     def receive(self, number, frame):

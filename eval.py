@@ -55,7 +55,7 @@ class Settings:
     data_dir: str = option('', "default: $THE_WELL_DATA_DIR, else the run's", 'data')
     stride: int = option(0, 'frames between windows; 0: 4 for nano, else as in training', 'data')
     batch: int = option(16, 'windows embedded at once', 'data')
-    probes: str = option(','.join(PROBES), 'those that are fitted and shown', 'probe')
+    probes: str = option(','.join(PROBES), 'probes to fit and show', 'probe')
     ridge: float = option(0.0, "strength of the linear probe's penalty: scikit-learn's alpha, of "
                           'errors summed over windows; 0: the best on valid', 'probe')
     k: int = option(0, 'neighbours of knn; 0: the best on valid', 'probe')
@@ -486,9 +486,36 @@ def merge_rows(results, key='rows'):
                 rows[f'{name}, {title}'] = row
     return rows | shared | paper
 
+def repeats(results):
+    """{name: the runs that differ in nothing but their seeds}; in order, alone if nothing else."""
+    groups = {}
+    for r, name in zip(results, names_of(results)):
+        same = {k: v for k, v in r['run']['settings'].items() if k not in (*MAY_CHANGE, 'seed')}
+        groups.setdefault(f'{r["run"].get("step")} {same}', []).append((name, r))
+    # named by what their folders' names have in common
+    named = {}
+    for group in groups.values():
+        name = os.path.commonprefix([name for name, _ in group]).removesuffix('-seed')
+        name = name or group[0][1]['row']
+        named[name + "'" * (name in named)] = [r for _, r in group]
+    return named
+
+def over_seeds(results):
+    """Rows of a table: mean and standard deviation of the errors of runs with several seeds."""
+    rows = {}
+    for name, group in repeats(results).items():
+        for how in ('mean', 'std') if len(group) > 1 else ():
+            row = rows[f'{name}, {how} of {len(group)} seeds'] = {}
+            for p, by_label in group[0]['rows'][group[0]['row']].items():
+                errors = {c: [r['rows'][r['row']][p][c] for r in group] for c in by_label}
+                row[p] = {c: np.mean(e) if how == 'mean' else np.std(e, ddof=1)
+                          for c, e in errors.items()}
+    return rows
+
 def print_table(results):
     """Rows: encoders. Columns: labels under each probe, errors and then 95% intervals."""
     rows, by_run, first = merge_rows(results), merge_rows(results, 'by_run'), results[0]
+    rows = over_seeds(results) | rows
     columns, probes = [*first['labels'], 'mean'], [p for p in PROBES
                                                    if any(p in row for row in rows.values())]
     width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
@@ -505,8 +532,8 @@ def print_table(results):
         print(f'{name:{width}}' + '   '.join(blocks))
     # intervals
     count = len(next(iter(by_run['predict the mean'].values())))
-    print(f'\n95% intervals of the means, over {count} {first["split"]} '
-          f'{first.get("unit", "runs")} drawn anew\n')
+    print(f'\n95% intervals of the means: bootstrap over {count} {first["split"]} '
+          f'{first.get("unit", "runs")}\n')
     for name, row in by_run.items():
         if name != 'predict the mean':                         # whose error is 1
             cells = ['[{:.3f}, {:.3f}]'.format(*interval(row[p])) if p in row else '-'
@@ -522,6 +549,10 @@ def caveats(results):
         'trained on': [f'{r["run"]["windows_seen"]:,} windows' for r in results],
         'started from': [r['run']['settings'].get('init') or 'random weights' for r in results],
         'has the seeds': [', '.join(f'{k} {v}' for k, v in r['seeds'].items()) for r in results]}
+    # seeds may differ, if each encoder has the same ones
+    seeds = {str(sorted(r['run'].get('seed', 0) for r in group)) for group in repeats(results).values()}
+    if len(seeds) == 1:
+        del unlike['has the seeds']
     said = ['; '.join(f'{name} {what} {value}' for name, value in zip(names_of(results), values))
             for what, values in unlike.items() if len(set(values)) > 1]
     said = ['Not like with like: ' + '. '.join(said) + '.', ''] if said else []

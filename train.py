@@ -79,17 +79,17 @@ class Config:
     weight_decay: float = of_optimizer(0.05, "AdamW's weight decay")
     seed: int = of_optimizer(0, 'of everything random; also of data that are simulated now')
     # the machine: none of this changes what is learned, but for dtype
-    out: str = of_machine('', 'its folder (default: out/<system>-<model>-<preset>-seed<seed>)')
+    out: str = of_machine('', 'folder of the run (default: out/<data>-<model>-<preset>-seed<seed>)')
     device: str = of_machine('auto', 'cuda, cpu, mps (a Mac; not tried), or auto')
     dtype: str = of_machine('auto', 'float32, float64, bfloat16, float16 (its loss is scaled), or '
-                            'auto: on a GPU bfloat16, or float16 where there is none')
+                            'auto: on a GPU bfloat16, or float16 if it has none')
     save_every: int = of_machine(100, 'steps between checkpoints')
-    save_minutes: float = of_machine(10.0, 'minutes between checkpoints, if that is sooner')
+    save_minutes: float = of_machine(10.0, 'minutes between checkpoints: both count')
     keep_every: int = of_machine(0, 'steps between checkpoints kept as ckpt-<step>.pt; 0: none')
     probe_every: int = of_machine(0, 'steps between ridge probes on valid, for curves; 0: none')
     wandb: str = of_machine('', 'project of Weights & Biases that gets the log, too')
-    recompute: str = of_machine('auto', 'in the backward pass, for less memory: no; mlp, of each '
-                                'block; blocks (alone, too); auto: mlp on a GPU', bare='blocks')
+    recompute: str = of_machine('auto', 'activation checkpointing: no; mlp, the MLP of each block; '
+                                'blocks, whole ones; auto: mlp on a GPU', bare='blocks')
     compile: bool = of_machine(False, 'torch.compile, which takes minutes at first', bare=True)
 
 # The last one wins: default, the system's protocol(), PRESETS, the model's PRESETS, the flag.
@@ -130,7 +130,8 @@ def parse(argv, description, missing=False):
     # default < preset < flag
     settings = {f.name: f.default for cls in (Config, module.Options) for f in fields(cls)}
     settings |= system.protocol() | preset_settings(module, preset, name)
-    parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {name}.')
+    parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {name}.\n'
+                    f'Presets of {early.model}: {presets_of(module)}.')
     parser.add_dataclass(Config, settings)
     parser.add_dataclass(module.Options, settings)
     flags = vars(parser.parse_args(argv))                      # those that were given
@@ -165,16 +166,20 @@ def is_paired(c):
     """Do context and target show the same place?"""
     return c.views in ('paired', 'same')
 
+def presets_of(module):
+    """Names of a model's presets, in words."""
+    own = getattr(module, 'PRESETS', {})
+    return ', '.join(['auto', 'smoke', *(key for key in PRESETS | own if isinstance(key, str))])
+
 def preset_settings(module, preset, system):
     """The settings of a model's preset on a system. ValueError if there is no such preset."""
     of_model = getattr(module, 'PRESETS', {})
-    names = [key for key in PRESETS | of_model if isinstance(key, str)]
-    if preset not in ('smoke', *names):
+    if preset not in presets_of(module).split(', ')[1:]:
         # perhaps another model has it
         hints = [f'add --model {name}, or ' for name in models.MODELS
                  if preset in getattr(models.find_model(name), 'PRESETS', {})]
         raise ValueError(f'this model has no preset {preset!r}: {"".join(hints[:1])}choose from '
-                         f'auto, smoke, {", ".join(names)}')
+                         f'{presets_of(module)}')
     key, more = ('nano', SMOKE) if preset == 'smoke' else (preset, {})
     settings = PRESETS.get(key, {}) | of_model.get(key, {}) | of_model.get((key, system), {}) | more
     # a typo in a model's file would pass in silence

@@ -2,7 +2,7 @@
 Where a dataset lies on disk, and how much of it is there. All of these are found, below a folder X:
 
     X/NAME/data/train/*.hdf5, X/datasets/NAME/..    simulate.py; the-well-download
-    X/data/train, X/train, or X is that folder      huggingface-cli download --local-dir X
+    X/data/train, X/train, or X is that folder      hf download --local-dir X
     X/datasets--polymathic-ai--NAME/snapshots/HASH/data/train       the hub's cache, files are links
 
 A dataset is what the `dataset_name` in its files says; without one, what its folder is called.

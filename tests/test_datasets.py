@@ -285,7 +285,7 @@ def test_hidden_and_unfinished_files_are_counted(files, here, monkeypatch):
     assert len(split.runs) == 4
     said = datasets.summary('active_matter', root, {'train': split})
     assert 'left out: 2 hidden, 2 incomplete, 1 linked to nothing' in said
-    local = linked(files, here / 'Y/data').parent                        # as huggingface-cli --local-dir leaves it
+    local = linked(files, here / 'Y/data').parent                        # as hf download --local-dir leaves it
     (folder := local / '.cache/huggingface/download/data/train').mkdir(parents=True)
     (folder / 'x.5f.incomplete').touch()
     assert datasets.left_out(local) == '1 incomplete'

@@ -142,7 +142,7 @@ def test_the_split_that_is_asked_for_is_scored(well, here, capsys):
     for split, runs in ('valid', 4), ('test', 3):
         said = says(capsys, *([] if split == 'valid' else ['--split', split]), *QUICK)
         result = json.loads((here / 'out/a/eval.json').read_text())
-        assert result['split'] == split and f'over {runs} {split} runs drawn anew' in said
+        assert result['split'] == split and f'bootstrap over {runs} {split} runs' in said
         assert ('a table to tune by' in said) == (split == 'valid')
         for row in result['by_run'].values():
             assert {len(errors) for errors in row.values()} == {runs}

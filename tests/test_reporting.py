@@ -404,3 +404,26 @@ def test_the_progress_line(kind, said, tmp_path):
     assert shown == [said]
     line, = log_of(tmp_path)
     assert line.items() >= ({'step': 3, 'lr': 1.0} | terms).items() and line['embedding_std'] < 1.1
+
+
+def result(name, seed, error, **settings):
+    """What print_table needs of an eval.json: one probe, one label."""
+    rows = {'JEPA': {'linear': {'alpha': error, 'mean': error}}, 'predict the mean': {'linear': {'alpha': 1, 'mean': 1}}}
+    return {'system': 'active_matter', 'split': 'test', 'labels': ['alpha'], 'row': 'JEPA', 'rows': rows, 'field': 'whole',
+            'by_run': {row: {'linear': [by['linear']['mean']] * 2} for row, by in rows.items()}, 'seeds': {'training': seed},
+            'run': {'checkpoint': f'out/{name}-seed{seed}/ckpt.pt', 'windows_seen': 8, 'preset': 'nano', 'seed': seed,
+                    'step': 4, 'settings': {'width': 8, 'out': name, **settings, 'seed': seed}}}
+
+
+def test_seeds_have_their_mean_and_spread(capsys):
+    """Those of runs that differ in nothing else; that is like with like."""
+    wide = [result('wide', seed, error, width=9) for seed, error in ((0, 0.1), (1, 0.3), (2, 0.2))]
+    evaluation.print_table([result('a', 0, 0.5), result('a', 1, 0.7), *wide[:2]])
+    said = capsys.readouterr().out
+    rows = {line[:25].strip(): line[25:].split() for line in said.splitlines()}
+    assert rows['a, mean of 2 seeds'] == ['0.600', '0.600'] and rows['a, std of 2 seeds'] == ['0.141', '0.141']
+    assert rows['wide, mean of 2 seeds'] == ['0.200', '0.200']
+    assert 'Not like with like' not in said and said.count('wide-seed1 ') == 2
+    evaluation.print_table([result('a', 0, 0.5), *wide])
+    said = capsys.readouterr().out
+    assert said.split('wide, std of 3 seeds')[1].split()[:2] == ['0.100', '0.100'] and 'a, mean' not in said and 'has the seeds training 0' in said

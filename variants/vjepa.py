@@ -33,14 +33,14 @@ DISTANCES = {'l1': F.l1_loss, 'smooth-l1': F.smooth_l1_loss, 'l2': F.mse_loss}
 @dataclass
 class Options(ViTOptions):
     masks: str = option('block', 'hide block: rectangles; random: places; temporal: last frames; '
-                        'next: nothing, and predict the next 16 frames')
+                        'next: hide nothing, predict the next 16 frames')
     mask_ratio: float = option(0.9, 'share that random and temporal masks hide')
     predictor_width: int = option(192, 'width of the predictor, 64 a head')
     predictor_depth: int = option(12, 'blocks of the predictor')
     distance: str = option('l1', 'of prediction and target: ' + ', '.join(DISTANCES))
     momentum: tuple = option((0.996, 1.0), "the teacher's, at the start and, linearly, at the end")
     vicreg: float = option(0.0, 'weight of 25 variance + 1 covariance term of the visible tokens')
-    std_coeff: float = option(25.0, 'the 25: weight of the variance term in it')
+    std_coeff: float = option(25.0, 'weight of the variance term in --vicreg')
 
 PRESETS = {
     'paper': dict(noise=0.0, batch=128, lr=1.5e-4),
