@@ -46,6 +46,7 @@ GONE = {'--cache': 'the cache always holds float32 values; --cache-dir says wher
         '--latents': 'python -m baselines.latents FOLDER --data NAME'}
 
 # where memory ends: what PyTorch says, and what to try then, in this order
+RANK_ENDED = 'closed by peer|reset by peer|Connection refused|NCCL'
 MEMORY_ENDED = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 LESS_MEMORY = {
     'train.py': 'try, in this order, --dtype bfloat16 (where a GPU has none: float16), --recompute '
@@ -148,7 +149,7 @@ class Stop(contextlib.ContextDecorator):
         for s, handler in self.before.items():
             signal.signal(s, handler)
         if kind is KeyboardInterrupt or self.where:
-            number = self.number or signal.SIGTERM             # another rank's
+            number = self.number or signal.SIGTERM
             if RANK == 0:
                 kept = self.where or ': files that are complete are kept'
                 print(f'stopped by {signal.Signals(number).name}{kept}', file=sys.stderr)
@@ -159,6 +160,8 @@ class Stop(contextlib.ContextDecorator):
             self.number, self.came = number, time.monotonic()
             if not self.waits:
                 raise KeyboardInterrupt
+            if RANK == 0:                                      # print may be at work
+                os.write(2, b'\nstopping after this step; a second signal ends it at once\n')
         # torchrun repeats what its processes may have had from the scheduler
         elif 'TORCHELASTIC_RUN_ID' not in os.environ or time.monotonic() > self.came + 2:
             os._exit(128 + number)
@@ -181,6 +184,10 @@ def script(main):
                 e = MemoryError(f'{said}: {LESS_MEMORY.get(file, "try smaller sizes")}')
             if RANK > 0 or WORLD > 1 and isinstance(e, RuntimeError):    # another rank says why
                 time.sleep(10)
+
+            # who else has ended, and what no user can mend
+            if WORLD > 1 and isinstance(e, RuntimeError) and re.search(RANK_ENDED, str(e)):
+                e = ChildProcessError('another rank has ended: its last words say why')
             if not isinstance(e, (ValueError, OSError, MemoryError, FloatingPointError)):
                 raise
             note = " (torchrun's own report follows and adds nothing)" if WORLD > 1 else ''

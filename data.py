@@ -127,8 +127,8 @@ def find_axes(lengths, varies):
     """Which of (runs, frames, x, y) the axes of a field are, by number: those along which it
     varies, perhaps others of length 1, or all four. None if that cannot be."""
     for axes in itertools.combinations(range(len(varies)), len(lengths)):
-        others = [n for axis, n in zip(axes, lengths) if not varies[axis]]
-        if len(axes) == 4 or len(axes) == sum(varies) + len(others) and set(others) <= {1}:
+        others = {n for axis, n in zip(axes, lengths) if not varies[axis]}
+        if len(axes) == 4 or set(np.flatnonzero(varies)) <= set(axes) and others <= {1}:
             return axes
 
 def read_scalars(f, path, runs):
@@ -436,7 +436,15 @@ class Split:
 
     def varying(self):
         """Names of the scalars that vary over the runs: the labels, as the files call them."""
-        return [name for name, values in self.scalars.items() if np.ptp(values) > 0]
+        varying = []
+        for name, values in self.scalars.items():
+            with np.errstate(over='ignore'):
+                spread = np.std(values) if np.ptp(values) > 0 else 0.0   # as a label's is taken
+            if np.isinf(spread):
+                raise ValueError(f'scalar {name} is too large for a label: up to {values.max():g}')
+            if spread > 0:
+                varying.append(name)
+        return varying
 
     def labels(self, names):
         """(runs, len(names)) float64; in log10 where the system says so."""

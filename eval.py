@@ -15,6 +15,7 @@ their mean squared errors: guessing the mean scores 1. Two rows keep the encoder
 before training, and hand-made field statistics. The rows go to eval.json beside each checkpoint,
 of ckpt-STEP.pt to eval-STEP.json: several checkpoints of a run give the curve.
 """
+import contextlib
 import io
 import json
 import math
@@ -96,6 +97,9 @@ class Run:
         with one_rank_first(LOCAL_RANK == 0):
             self.splits = {name: Split(self.root, self.system, name, c.resolution, c.stride,
                                        c.cache_dir, c.whole, os.cpu_count()) for name in names}
+        if RANK == 0 and self.splits['train'].data_hash() != self.state.get('data_hash'):
+            if 'data_hash' in self.state:
+                say(f'{self.path} was trained on other files than those in {self.root}')
         # do they fit together?
         self.shown = [self.system.name_of(name) for name in self.labels]
         for name, split in self.splits.items():
@@ -303,6 +307,7 @@ def evaluate(paths, args):
     folders = [path.parent for path in paths]                  # of a run, step after step
     runs = sorted((Run(path, args) for path in paths),
                   key=lambda run: (folders.index(run.path.parent), run.state['step']))
+    runs = list({(run.path.parent, run.state['step']): run for run in runs}.values())
     of_data = [(run.c.data, run.labels, run.state['label_mean'],
                 [split.files for split in run.splits.values()]) for run in runs]
     if any(data != of_data[0] for data in of_data):
@@ -323,12 +328,12 @@ def evaluate(paths, args):
             f'{run.stride} frames apart: {run.field()}')
         # the encoder; the same before training, once for all checkpoints of a run
         found = evaluate_row(run, args, run.name)
-        begun = {k: v for k, v in run.settings.items() if k not in MAY_CHANGE}
-        begun = str(begun | {'dtype': run.c.dtype})
+        begun = str({k: v for k, v in run.settings.items() if k == 'dtype' or k not in MAY_CHANGE})
         if begun not in untrained:
             untrained[begun] = evaluate_row(run, args, 'random init')
         # and what a physicist would measure
-        seen = run.c.resolution, run.c.whole
+        drawn = args.generalize or run.c.label_fraction < 1    # their labels, by the seed
+        seen = run.c.resolution, run.c.whole, run.c.label_fraction, drawn and run.c.seed
         if seen not in statistics:
             statistics[seen] = evaluate_row(run, args, 'field statistics')
         if RANK > 0:
@@ -343,8 +348,8 @@ def evaluate(paths, args):
         return
     # the table
     print_table(results)
-    for result in results if args.generalize else ():
-        generalize.print_carried(result)
+    for result, name in zip(results, names_of(results)) if args.generalize else ():
+        generalize.print_carried(result | {'row': name})
     files = ', '.join(str(result_file(run.path)) for run in runs)
     print(f'{sum(r["seconds"] for r in results) / 60:.1f} min, peak memory {peak_memory():.1f} GB; '
           f'the same numbers are in {files}')
@@ -413,8 +418,10 @@ def in_words(result):
 
 def log_lines(log, steps, step=math.inf):
     """The last so many lines of a training log before a step, as dicts; [] if there is none."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith('}')]   # the last may be cut short
+    lines = []
+    for line in log.read_text(errors='replace').splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):                  # one may be cut short
+            lines.append(json.loads(line))
     return [line for line in lines if line['step'] < step][-steps:]
 
 def last_steps(log, steps=100, step=math.inf):
@@ -480,7 +487,7 @@ def merge_rows(results, key='rows'):
                 paper[title] = row
             elif title.startswith(r['row']):
                 rows[name + title[len(r['row']):]] = row
-            elif title in SHARED or same:                      # same: random init of one run
+            elif same:                                         # also random init of one run
                 shared.setdefault(title, row)
             else:
                 rows[f'{name}, {title}'] = row
@@ -547,12 +554,18 @@ def caveats(results):
     unlike = {
         'saw the': [r['field'].partition(',')[0] for r in results],
         'trained on': [f'{r["run"]["windows_seen"]:,} windows' for r in results],
+        'knows': [f'{r["run"]["settings"].get("label_fraction", 1):.0%} of the labels'
+                  for r in results],
         'started from': [r['run']['settings'].get('init') or 'random weights' for r in results],
         'has the seeds': [', '.join(f'{k} {v}' for k, v in r['seeds'].items()) for r in results]}
-    # seeds may differ, if each encoder has the same ones
-    seeds = {str(sorted(r['run'].get('seed', 0) for r in group)) for group in repeats(results).values()}
+    # steps of one run differ in what they saw, and all encoders may have the same seeds
+    if len({r['run'].get('checkpoint', '').rpartition('/')[0] for r in results}) == 1:
+        del unlike['trained on']
+    seeds = {str(sorted(r['run'].get('seed', 0) for r in group))
+             for group in repeats(results).values()}
     if len(seeds) == 1:
         del unlike['has the seeds']
+
     said = ['; '.join(f'{name} {what} {value}' for name, value in zip(names_of(results), values))
             for what, values in unlike.items() if len(set(values)) > 1]
     said = ['Not like with like: ' + '. '.join(said) + '.', ''] if said else []

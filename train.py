@@ -203,7 +203,8 @@ def complete(c):
     if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
         raise ValueError(f'--label-fraction is in (0, 1], for --supervised: not {c.label_fraction}')
 
-    if c.wandb and not importlib.util.find_spec('wandb'):
+    package = importlib.util.find_spec('wandb')
+    if c.wandb and not (package and package.origin):           # a folder of that name is none
         raise ValueError('--wandb needs a package that is not here: pip install wandb')
 
     c.device = pick_device(c.device)
@@ -320,7 +321,7 @@ def learning_rate(step, steps, warmup, peak, low):
 
 def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     """A step of the optimizer on the next batches -> {term: mean}. forward: the network or its DDP.
-    The term 'stop' is not 0 if a rank was told to stop: all see it after the same step.
+    The term 'stop' is the signal that a rank has had, or 0: all see it after the same step.
 
     Raises FloatingPointError, before any weight moves, if the loss or a gradient is not finite;
     with a scaler (Model.scaler), such a gradient lowers its scale and the weights stay.
@@ -358,11 +359,11 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
             sums[name] = sums.get(name, 0.0) + value / accumulate
 
     # means over all ranks; here the CPU waits for the GPU
-    sums['stop'] = torch.full_like(sums['loss'], STOP.number)
-    means = torch.stack(list(sums.values()))
+    means, stop = torch.stack(list(sums.values())), torch.tensor(STOP.number, device=x.device)
     if WORLD > 1:
         dist.all_reduce(means)
-    terms = dict(zip(sums, (means / WORLD).tolist()))
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    terms = dict(zip(sums, (means / WORLD).tolist())) | {'stop': stop.item()}
 
     # what is not finite moves nothing; in float16 the scale was too high, and finds its level
     finite = [p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]
@@ -399,10 +400,13 @@ def restore_optimizer(optimizer, scaler, state, c):
 # --- a ridge probe now and then
 def open_probed(c, root, data):
     """{'train' | 'valid': Split} for --probe-every, on rank 0; else {}."""
-    wanted = c.probe_every and RANK == 0 and data.varying()
-    how = c.resolution, c.stride, c.cache_dir, c.whole
-    return {'train': data, 'valid': Split(root, data.system, 'valid', *how, os.cpu_count())
-            } if wanted else {}
+    if not (c.probe_every and RANK == 0 and data.varying()):
+        return {}
+    valid = Split(root, data.system, 'valid', c.resolution, c.stride, c.cache_dir, c.whole,
+                  os.cpu_count())
+    if valid.channels != data.channels or not set(data.varying()) <= valid.scalars.keys():
+        raise ValueError(f'{root}: channels or scalars of valid/ are not those of train/')
+    return {'train': data, 'valid': valid}
 
 def probe_on_valid(model, splits, c, step, steps):
     """{'probe_LABEL', 'probe_mean': error on valid} of a ridge that is chosen there, or {}.
@@ -487,10 +491,11 @@ def check_resumable(c, options, steps, state, checkpoint):
         say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the '
             f"learning rate (and a teacher's momentum) is that of the longer run")
     # on another GPU
-    for name, what in (('micro_batch', 'random draws differ, and so does a loss that compares the '
-                        'windows of a micro-batch, as VICReg does'), ('dtype', 'rounding differs')):
-        if now[name] != there[name]:
-            say(f'{name} {there[name]}, now {now[name]}: from step {state["step"]} on {what}')
+    if c.micro_batch != there['micro_batch']:
+        say(f'micro_batch {there["micro_batch"]}, now {c.micro_batch}: random draws differ from '
+            f'here on, and so does a loss that compares the windows of a micro-batch, as VICReg')
+    if c.dtype != there['dtype']:
+        say(f'dtype {there["dtype"]}, now {c.dtype}: rounding differs from here on')
 
 def check_data(c, root, data, data_hash, state, checkpoint):
     """Raise ValueError if a checkpoint was trained on other data."""
@@ -554,8 +559,12 @@ def open_board(c, options, step):
     file = Path(c.out) / 'wandb_id'                            # a resumed run goes on under its id
     if step == 0 or not file.exists():
         write_text(file, secrets.token_hex(4))
-    return wandb.init(project=c.wandb, id=file.read_text(), resume='allow', name=Path(c.out).name,
-                      dir=c.out, config=asdict(c) | asdict(options), allow_val_change=True)
+    try:
+        return wandb.init(project=c.wandb, id=file.read_text(), resume='allow', dir=c.out,
+                          name=Path(c.out).name, config=asdict(c) | asdict(options),
+                          allow_val_change=True)
+    except Exception as e:                                     # of its own kinds
+        raise ValueError(f'--wandb: {e} (no network? WANDB_MODE=offline)') from None
 
 def log_step(log, board, bar, model, step, terms, rest):
     """Write a line of the log, and show its losses. Has the embedding, (B, D, ...), collapsed?"""
@@ -587,10 +596,10 @@ def save_checkpoint(c, options, data, model, optimizer, scaler, step, **reached)
         label_std=labels.std(0).tolist(), model=model.network.state_dict(),
         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
         samples=step * c.batch, **reached)
+    write_tensors(Path(c.out) / 'ckpt.pt', state)
     # some are kept, for a curve of errors
     if c.keep_every and step % c.keep_every == 0:
         write_tensors(Path(c.out) / f'ckpt-{step}.pt', state)
-    write_tensors(Path(c.out) / 'ckpt.pt', state)
 
 def train(c, module, options):
     """The run: data, model, optimizer, then step after step to the end of its schedule."""
@@ -604,8 +613,8 @@ def train(c, module, options):
     state = models.load_checkpoint(checkpoint) if RANK == 0 and checkpoint.exists() else None
     state, data_hash = from_rank_0((state, data.data_hash() if RANK == 0 else ''))
     if state:
-        check_resumable(c, options, steps, state, checkpoint)
         check_data(c, root, data, data_hash, state, checkpoint)
+        check_resumable(c, options, steps, state, checkpoint)
     step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
     # the model, its optimizer, and the windows that it may be probed on now and then
@@ -633,7 +642,8 @@ def train(c, module, options):
             for group in optimizer.param_groups:
                 group['lr'] = rate
             terms = train_step(model, forward, optimizer, batches, c, step, scaler)
-            stopped = terms.pop('stop') > 0
+            stopped = terms.pop('stop')
+            STOP.number = STOP.number or stopped               # perhaps another rank's
             if hasattr(model.network, 'after_step'):           # a teacher follows
                 model.network.after_step((step + 1) / steps)
             took = time.perf_counter() - began

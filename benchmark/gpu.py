@@ -197,7 +197,12 @@ def main(argv=None):
             measured[name] = measure_apart(name, args, minutes, left)
             write_text(out, json.dumps(results, indent=1))
             say(f'{name}: {measured[name]}')
-    print(table(results)) if args.rehearse else draw(results)
+
+    # the table, on its page
+    if args.rehearse:
+        print(table(results))
+    else:
+        draw(results)
 
 if __name__ == '__main__':
     main()

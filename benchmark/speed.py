@@ -24,7 +24,7 @@ from data import WINDOW
 from jepa import WIDTHS
 from systems import find_system
 
-LABELS = 2                  # of each system here
+LABELS = 'first', 'second'  # each system here has two
 
 def seconds(function, repeats):
     """Mean seconds of a function, after two calls that do not count."""
@@ -82,7 +82,7 @@ def smooth_fields(c):
 def trainer(c, options, forms={}):
     """(network, function that trains it by a step on the next of `batches`: {term: mean}).
 
-    batches: iterator of (fields (B, C, 32, H, W), labels (B, LABELS)); without it, of smooth fields
+    batches: iterator of (fields (B, C, 32, H, W), labels (B, 2)); without it, of smooth fields
     again and again. The learning rate is 0: the weights stay. forms: {class: another forward} of
     layers of exactly these classes.
     """
@@ -90,7 +90,7 @@ def trainer(c, options, forms={}):
     periodic = (False, False) if c.crop else find_system(c.data).part(c.whole)[1]
     inputs = models.Inputs(c.data, names, periodic, size_of(c), train.is_paired(c))
     model = models.build_model(c.model, options, inputs, [0] * len(names), [1] * len(names), c.seed,
-                               c.dtype, LABELS if c.supervised else 0).to(c.device)
+                               c.dtype, LABELS if c.supervised else ()).to(c.device)
 
     # as train.py calls it, but for other forms of layers
     for layer in model.network.modules():
@@ -102,7 +102,7 @@ def trainer(c, options, forms={}):
     optimizer = train.optimizer_of(model.network, c)
     for group in optimizer.param_groups:
         group['lr'] = 0.0
-    batch = smooth_fields(c).to(c.device), torch.zeros(c.batch, LABELS, device=c.device)
+    batch = smooth_fields(c).to(c.device), torch.zeros(c.batch, len(LABELS), device=c.device)
 
     def step(batches=itertools.repeat(batch)):
         terms = train.train_step(model, forward, optimizer, batches, c, step=0)

@@ -181,7 +181,8 @@ def what_was_seen(name, top, seen, roots):
     found = []
     for root in roots or [*seen][:5]:
         flags = f'--data {seen[root] or folder_name(root)} --data-dir '
-        flags += str(root if root != top else top / 'data')
+        inside = root == top and Path(top, 'data').is_dir()    # else top/NAME would be looked for
+        flags += str(top / 'data' if inside else root)
         simulated = ', simulated' if read_recipe(root) else ''
         found.append(f'{flags} ({len(well_files(root))} files{simulated})')
     if roots:

@@ -100,9 +100,16 @@ def test_a_scalar_that_changes_in_time_is_no_label(tmp_path, capsys):
 
 
 def test_a_constant_may_be_stored_in_two_precisions(tmp_path):
-    root = dataset(tmp_path, dict(scalars={'a': np.float32(0.1), 'b': 1e300, 'c': 1e-300}),
-                   dict(scalars={'a': np.float64(0.1), 'b': 1e300, 'c': 1.1e-300}))
+    root = dataset(tmp_path, dict(scalars={'a': np.float32(0.1), 'b': 1e300, 'c': 1e-100}),
+                   dict(scalars={'a': np.float64(0.1), 'b': 1e300, 'c': 1.1e-100}))
     assert open_split(root).varying() == ['c']                           # it varies, however small
+
+
+def test_a_label_has_a_standard_deviation(tmp_path):
+    """Else all errors would be zero, or no numbers."""
+    root = dataset(tmp_path, dict(scalars={'a': 1e300}), dict(scalars={'a': 2e300}))
+    with pytest.raises(ValueError, match='scalar a is too large for a label'):
+        open_split(root).varying()
 
 
 BAD_SCALARS = {                                                          # of the second file, and words of the refusal

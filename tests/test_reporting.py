@@ -5,6 +5,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ import plot
 import probe
 import train
 from benchmark import report
-from helpers import TINY
+from helpers import TINY, files_of, linked
 from model import collapse, embedding_health, load_checkpoint
 from train import Config
 
@@ -427,3 +428,53 @@ def test_seeds_have_their_mean_and_spread(capsys):
     evaluation.print_table([result('a', 0, 0.5), *wide])
     said = capsys.readouterr().out
     assert said.split('wide, std of 3 seeds')[1].split()[:2] == ['0.100', '0.100'] and 'a, mean' not in said and 'has the seeds training 0' in said
+
+
+def test_a_row_depends_on_its_own_run_alone(made, says):
+    """Field statistics are fitted to the labels that a run knows, whatever stands before it in the table."""
+    few, all_of_them = made('out/few', '--supervised', '--label-fraction', 0.34), made('out/all', '--supervised')
+    alone = {}
+    for run in few, all_of_them:
+        says(run, '--probes', 'linear', '--stride', 16)
+        alone[run] = result_of(run)['rows']['field statistics']
+    said = says('out/few', 'out/all', '--probes', 'linear', '--stride', 16)
+    assert all(result_of(run)['rows']['field statistics'] == row for run, row in alone.items())
+    assert alone[few] != alone[all_of_them] and 'few knows 34% of the labels; all knows 100% of the labels' in said
+
+
+def test_other_files_are_said(made, says, published):
+    """An encoder may be scored on data that it was not trained on, but not without a word."""
+    run = made('out/a')
+    assert 'was trained on other files' not in says(run, *QUICK)
+    assert f'out/a/ckpt.pt was trained on other files than those in {published}' in says(run, *QUICK, '--data-dir', published.parent)
+
+
+def test_a_valid_split_that_does_not_fit_is_refused_before_training(here, well, capsys):
+    """By --probe-every, which needs its labels."""
+    root = linked(well / 'active_matter', here / 'data/active_matter')
+    for file in files_of(root, 'valid'):
+        shutil.copy(file, here / 'copy')
+        file.unlink()
+        with h5py.File(here / 'copy', 'r+') as f:
+            del f['scalars/zeta']
+        shutil.move(here / 'copy', file)
+    with pytest.raises(SystemExit):
+        train.main([str(v) for v in (*TINY, '--data-dir', root.parent, '--out', 'out', '--probe-every', 1)])
+    assert 'channels or scalars of valid/ are not those of train/' in capsys.readouterr().err and not (here / 'out').exists()
+
+
+def test_a_damaged_line_of_the_log_is_skipped(made, says):
+    run = made('out/a')
+    with open(run / 'log.jsonl', 'a') as log:
+        log.write('{"step": garb}\n')
+    says(run, *QUICK)
+    assert result_of(run)['run']['last_steps']['loss'] > 0
+
+
+def test_a_page_that_cannot_be_had(wandb, made, monkeypatch, capsys):
+    """No network, or no login: one line."""
+    wandb()
+    monkeypatch.setattr(sys.modules['wandb'], 'init', lambda **settings: 1 / 0)
+    with pytest.raises(SystemExit):
+        made('out/a', '--wandb', 'physics')
+    assert capsys.readouterr().err.splitlines()[-1] == 'error: --wandb: division by zero (no network? WANDB_MODE=offline)'

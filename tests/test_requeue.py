@@ -145,7 +145,7 @@ train.main()
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'ranks.py']
     p = subprocess.run(**command(torchrun, *TINY, '--data-dir', well, '--out', 'out', '--save-every', 1000),
                        cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert p.returncode == 1 and 'stopped by SIGTERM at step 4 of 40' in p.stderr, p.stderr        # torchrun's code
+    assert p.returncode == 1 and 'stopped by SIGUSR1 at step 4 of 40' in p.stderr, p.stderr        # torchrun's code
     assert (tmp_path / 'steps0').read_text() == (tmp_path / 'steps1').read_text() == '0 1 2 3 '
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['step'] == 4
 
