@@ -491,11 +491,12 @@ def check_resumable(c, options, steps, state, checkpoint):
         say(f'extended from {state["steps"]} steps to {steps}: from step {state["step"]} on the '
             f"learning rate (and a teacher's momentum) is that of the longer run")
     # on another GPU
+    since = f'from step {state["step"]} on'
     if c.micro_batch != there['micro_batch']:
-        say(f'micro_batch {there["micro_batch"]}, now {c.micro_batch}: random draws differ from '
-            f'here on, and so does a loss that compares the windows of a micro-batch, as VICReg')
+        say(f'micro_batch {there["micro_batch"]}, now {c.micro_batch}: {since} random draws '
+            f'differ, and so does a loss that compares the windows of a micro-batch, as VICReg')
     if c.dtype != there['dtype']:
-        say(f'dtype {there["dtype"]}, now {c.dtype}: rounding differs from here on')
+        say(f'dtype {there["dtype"]}, now {c.dtype}: {since} rounding differs')
 
 def check_data(c, root, data, data_hash, state, checkpoint):
     """Raise ValueError if a checkpoint was trained on other data."""
