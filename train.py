@@ -117,13 +117,14 @@ def parse(argv, description, missing=False):
     module = models.find_model(early.model)
 
     # the data: where we are told that they are, nothing is simulated
-    folder = data_folder(early.data_dir, SMOKE_DATA if early.preset == 'smoke' else '')
-    told = early.data_dir or early.preset != 'smoke' and os.environ.get('THE_WELL_DATA_DIR')
+    smoke = early.preset == 'smoke'                            # its data are apart
+    folder = data_folder(early.data_dir, SMOKE_DATA if smoke else '')
+    told = early.data_dir or (not smoke and os.environ.get('THE_WELL_DATA_DIR'))
     missing = missing or not told or '-h' in rest or '--help' in rest
     root, system, simulated = find_dataset(early.data, folder, missing)
     files, name = well_files(root), system_name(root, early.data)
     if not files and not simulated:
-        simulated = 'smoke' if early.preset == 'smoke' else 'nano'       # as it will be
+        simulated = 'smoke' if smoke else 'nano'               # as it will be
     made_for = simulated if simulated in ('nano', 'smoke') else 'paper'
     preset = made_for if early.preset == 'auto' else early.preset
 
@@ -614,8 +615,8 @@ def train(c, module, options):
     state = models.load_checkpoint(checkpoint) if RANK == 0 and checkpoint.exists() else None
     state, data_hash = from_rank_0((state, data.data_hash() if RANK == 0 else ''))
     if state:
-        check_data(c, root, data, data_hash, state, checkpoint)
         check_resumable(c, options, steps, state, checkpoint)
+        check_data(c, root, data, data_hash, state, checkpoint)
     step, seconds = (state['step'], state['seconds']) if state else (0, 0.0)
 
     # the model, its optimizer, and the windows that it may be probed on now and then
