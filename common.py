@@ -438,14 +438,20 @@ def check_state(ours, state, path):
             raise ValueError(f'{path} is of another model: {k} is {there} there, {here} here')
 
 @contextlib.contextmanager
-def alone_in(folder):
-    """Other processes that want the same folder or file wait for this one, if it can be locked."""
-    lock = None
+def alone_in(folder, wait=True):
+    """Other processes that want the same folder wait for this one, if it can be locked. wait:
+    if not, they raise ValueError."""
+    lock, busy = None, False
     with contextlib.suppress(ImportError, OSError):
         import fcntl
         lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
     try:
+        if busy:
+            raise ValueError(f'another process writes to {folder}: wait for its end')
         yield
     finally:
         if lock is not None:

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, as_text,
-                    at_least, data_folder, draw_seed, fast_dtype, from_rank_0, git_hash,
+from common import (FRAMES, LOCAL_RANK, RANK, SMOKE_DATA, STOP, WORLD, Parser, Progress, alone_in,
+                    as_text, at_least, data_folder, draw_seed, fast_dtype, from_rank_0, git_hash,
                     one_rank_first, option, peak_memory, pick_device, prefetch, processor,
                     read_tensors, say, script, start_ranks, write_tensors, write_text)
 import numpy as np
@@ -543,15 +543,19 @@ def announce(c, root, data, model, options, steps, step):
     resuming = f', resuming at step {step}' if step else ''
     say(f'writing {c.out}/ckpt.pt and {c.out}/log.jsonl{resuming}')
 
+@contextlib.contextmanager
 def open_log(c, step):
-    """log.jsonl to append to, without the steps that will be made again; rank 0's alone is kept."""
+    """log.jsonl to append to, without the steps that will be made again; rank 0's alone is kept.
+    Raises ValueError if another training writes to the folder."""
     path = Path(c.out) / 'log.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and path.exists():
-        text = path.read_text(errors='replace')                # its last line may be cut short
-        lines = re.findall(r'^({"step": (\d+),.*}\n)', text, re.MULTILINE)
-        write_text(path, ''.join(line for line, s in lines if int(s) < step))
-    return open(path if RANK == 0 else os.devnull, 'a', buffering=1)     # a line at a time
+    with alone_in(path.parent, wait=False) if RANK == 0 else contextlib.nullcontext():
+        if RANK == 0 and path.exists():
+            text = path.read_text(errors='replace')            # its last line may be cut short
+            lines = re.findall(r'^({"step": (\d+),.*}\n)', text, re.MULTILINE)
+            write_text(path, ''.join(line for line, s in lines if int(s) < step))
+        with open(path if RANK == 0 else os.devnull, 'a', buffering=1) as log:    # line by line
+            yield log
 
 def open_board(c, options, step):
     """The run's page at Weights & Biases, as a context: it ends with it. None without --wandb."""

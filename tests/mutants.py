@@ -60,6 +60,8 @@ MUTANTS = [                                              # file, what stands the
     ('videomae.py', "parameter.ndim == 1 or name == 'mask_token'", 'parameter.ndim == 1', PROTOCOL),
     # a run that is taken away
     ('train.py', "stopped = terms.pop('stop')", "stopped = 0 * terms.pop('stop')", REQUEUE + ' -k after_its_step'),
+    ('train.py', 'with alone_in(path.parent, wait=False) if RANK == 0 else', 'with contextlib.nullcontext() if True else',
+     REQUEUE + ' -k share_a_folder'),
     ('train.py', 'torch.tensor(STOP.number,', 'torch.tensor(STOP.number * (RANK == 0),', REQUEUE + ' -k all_ranks'),
     ('train.py', 'time.monotonic() > due', 'False', REQUEUE + ' -k clock'),
     ('train.py', 'for n in (c.save_every, c.keep_every) if n', 'for n in (c.save_every,)', REQUEUE + ' -k are_kept'),

@@ -462,3 +462,14 @@ done'''}.items():
     assert p.stdout.split() == ['138', '0'] and (tmp_path / 'requeued').read_text() == 'requeue 7\n', p.stderr + said
     assert 'stopped by SIGUSR1 at step' in said and 'resuming at step' in said and 'Traceback' not in said
     assert losses(tmp_path / 'out/jepa') == losses(trained) and list((tmp_path / 'scratch').glob('*/*.npy'))
+
+
+def test_two_trainings_do_not_share_a_folder(well, trained, capsys):
+    """A requeued job may begin while the first still saves: one line, and nothing is touched."""
+    shutil.copytree(trained, 'out')
+    before = {path: path.read_bytes() for path in Path('out').iterdir()}
+    with common.alone_in(Path('out')):
+        assert ends(train.main, *TINY, '--data-dir', well, '--steps', STEPS + 2, '--out', 'out') == 2
+    assert 'another process writes to out' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path('out').iterdir()} == before
+    assert ends(train.main, *TINY, '--data-dir', well, '--steps', STEPS + 2, '--out', 'out') == 0
