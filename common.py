@@ -449,6 +449,8 @@ def alone_in(folder, wait=True):
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             busy = True
+
+    # until it is let go
     try:
         if busy:
             raise ValueError(f'another process writes to {folder}: wait for its end')
