@@ -207,7 +207,7 @@ def one_line(capsys, s):
 def test_ctrl_c_while_data_are_cached(well, trained, tmp_path, monkeypatch, capsys, script):
     """The file that is whole is kept, of the other nothing is left."""
     root = linked(well / 'active_matter', tmp_path / 'data/active_matter')
-    shutil.rmtree(root / 'cache')
+    shutil.rmtree(root / 'cache', ignore_errors=True)
     during(monkeypatch, data, 'read_run', [signal.SIGINT], RUNS['train'])                # of the second file
     if script == 'train':
         code = ends(train.main, *TINY, '--data-dir', root.parent, '--out', 'out')
@@ -254,7 +254,7 @@ def test_ctrl_c_while_data_are_simulated(mini, tmp_path, monkeypatch, capsys):
 def test_ctrl_c_ends_the_processes_that_cache(well, tmp_path):
     """Only their parent is told. None goes on, and no part of a file is left."""
     root = linked(well / 'active_matter', tmp_path / 'active_matter')
-    shutil.rmtree(root / 'cache')
+    shutil.rmtree(root / 'cache', ignore_errors=True)
     (tmp_path / 'caching.py').write_text(f"""
 import signal, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -401,7 +401,7 @@ def test_other_data_are_refused(well, trained, tmp_path, capsys, change, old):
 def test_a_copy_of_the_data_will_do(well, trained, tmp_path, capsys):
     """In another folder, with other times and names; its cache is made anew."""
     root = Path(shutil.copytree(well / 'active_matter', tmp_path / 'scratch/active_matter'))
-    shutil.rmtree(root / 'cache')
+    shutil.rmtree(root / 'cache', ignore_errors=True)
     for file in files_of(root):
         os.utime(file, (1e9, 1e9))
         file.rename(file.with_name('renamed_' + file.name))
