@@ -45,15 +45,6 @@ GONE = {'--cache': 'the cache always holds float32 values; --cache-dir says wher
         '--all': 'python -m benchmark.report makes the tables; name several runs to compare them',
         '--latents': 'python -m baselines.latents FOLDER --data NAME'}
 
-# where memory ends: what PyTorch says, and what to try then, in this order
-RANK_ENDED = 'closed by peer|reset by peer|Connection refused|NCCL'
-MEMORY_ENDED = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
-LESS_MEMORY = {
-    'train.py': 'try, in this order, --dtype bfloat16 (where a GPU has none: float16), --recompute '
-                'mlp, --recompute blocks, then a smaller --micro-batch, which changes the loss of '
-                '--preset paper: its statistics are those of a micro-batch',
-    'eval.py': 'try a smaller --batch'}
-
 def option(default, help='', group='model', bare=None):
     """A dataclass field that becomes a flag. bare: its value when the flag is given alone."""
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, bare=bare))
@@ -132,6 +123,14 @@ def at_least(settings, low, *names):
 
 # --- how a script ends
 SIGNALS = [s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1')]
+RANK_ENDED = 'closed by peer|reset by peer|Connection refused|NCCL'      # as PyTorch says it
+# where memory ends: what PyTorch says, and what to try then, in this order
+MEMORY_ENDED = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+LESS_MEMORY = {
+    'train.py': 'try, in this order, --dtype bfloat16 (where a GPU has none: float16), --recompute '
+                'mlp, --recompute blocks, then a smaller --micro-batch, which changes the loss of '
+                '--preset paper: its statistics are those of a micro-batch',
+    'eval.py': 'try a smaller --batch'}
 
 class Stop(contextlib.ContextDecorator):
     """A signal ends a script in one line, with exit code 128 + its number. It is raised as
@@ -441,19 +440,17 @@ def check_state(ours, state, path):
 def alone_in(folder, wait=True):
     """Other processes that want the same folder wait for this one, if it can be locked. wait:
     if not, they raise ValueError."""
-    lock, busy = None, False
+    lock = None
     with contextlib.suppress(ImportError, OSError):
         import fcntl
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(folder, os.O_RDONLY)                    # closed, it is unlocked
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy = True
+            os.close(lock)
+            raise ValueError(f'another process writes to {folder}: wait for its end') from None
 
-    # until it is let go
     try:
-        if busy:
-            raise ValueError(f'another process writes to {folder}: wait for its end')
         yield
     finally:
         if lock is not None:

@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from systems.datasets import as_name, find_dataset, read_recipe, well_files, why_unreadable
+from systems.datasets import as_name, find_dataset, well_files, why_unreadable
 
 say_once = functools.cache(say)
 LARGE = 2**30               # bytes: a larger cache is announced, and made by several processes
@@ -172,11 +172,17 @@ def content_key(path):
     """Hash of a file's name, size, time and 16 blocks: cheap, and new whenever it is rewritten."""
     stat = path.stat()
     h = hashlib.sha256(f'6 {path.name} {stat.st_size} {stat.st_mtime_ns}'.encode())
+    h.update(read_blocks(path, 4096))
+    return h.hexdigest()[:12]
+
+def read_blocks(path, length):
+    """16 blocks of so many bytes, evenly spread over a file."""
+    blocks, size = [], path.stat().st_size
     with open(path, 'rb') as f:
         for i in range(16):
-            f.seek(i * stat.st_size // 16)
-            h.update(f.read(4096))
-    return h.hexdigest()[:12]
+            f.seek(i * size // 16)
+            blocks.append(f.read(length))
+    return b''.join(blocks)
 
 def describe_file(path, crop, resolution):
     """What the cache will keep of a file, as a dict of plain types.
@@ -427,24 +433,19 @@ class Split:
         scalars = {name: values.tolist() for name, values in self.scalars.items()}
         h = hashlib.sha256(json.dumps([self.channels, scalars]).encode())
         for path in self.paths:
-            size = path.stat().st_size
-            with open(path, 'rb') as f:
-                for i in range(16):
-                    f.seek(i * size // 16)
-                    h.update(f.read(2**15))
+            h.update(read_blocks(path, 2**15))
         return h.hexdigest()
 
     def varying(self):
         """Names of the scalars that vary over the runs: the labels, as the files call them."""
-        varying = []
-        for name, values in self.scalars.items():
-            with np.errstate(over='ignore'):
-                spread = np.std(values) if np.ptp(values) > 0 else 0.0   # as a label's is taken
-            if np.isinf(spread):
-                raise ValueError(f'scalar {name} is too large for a label: up to {values.max():g}')
-            if spread > 0:
-                varying.append(name)
-        return varying
+        with np.errstate(over='ignore'):                       # std: as a label's is taken
+            spread = {name: np.std(values) for name, values in self.scalars.items()
+                      if np.ptp(values) > 0}
+        for name in spread:
+            if np.isinf(spread[name]):
+                raise ValueError(f'scalar {name} is too large for a label: up to '
+                                 f'{self.scalars[name].max():g}')
+        return [name for name, std in spread.items() if std > 0]
 
     def labels(self, names):
         """(runs, len(names)) float64; in log10 where the system says so."""

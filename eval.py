@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from common import (FRAMES, LOCAL_RANK, RANK, SPLITS, WORLD, Progress, at_least, data_folder,
                     draw_seed, from_rank_0, gather_on_rank_0, git_hash, machine, one_rank_first,
@@ -36,8 +37,8 @@ import torch
 import model as models
 import probe
 from benchmark import finetune, generalize
-from data import Split, find_dataset, read_recipe
-from systems.datasets import is_complete, summary
+from data import Split, find_dataset
+from systems.datasets import is_complete, read_recipe, summary
 from systems.numerics import Grid
 from train import MAY_CHANGE, config_of
 
@@ -82,10 +83,9 @@ class Run:
             state = {k: v for k, v in models.load_checkpoint(self.path).items() if k != 'optimizer'}
         self.state = from_rank_0(state)
         self.settings = self.state['config'] | self.state['options']
-        # what it is, and how it is evaluated
+        # what it is, what it can be probed for, and how
         self.c = c = config_of(self.state, self.path)
         self.name = models.title(c.model) + (', supervised' if c.supervised else '')
-        # what it can be probed for, and how
         self.labels, self.channels = self.state['labels'], self.state['inputs']['channels']
         if not self.labels:
             raise ValueError(f'{self.path} has no labels: no scalar varied over its training files')
@@ -97,9 +97,6 @@ class Run:
         with one_rank_first(LOCAL_RANK == 0):
             self.splits = {name: Split(self.root, self.system, name, c.resolution, c.stride,
                                        c.cache_dir, c.whole, os.cpu_count()) for name in names}
-        if RANK == 0 and self.splits['train'].data_hash() != self.state.get('data_hash'):
-            if 'data_hash' in self.state:
-                say(f'{self.path} was trained on other files than those in {self.root}')
         # do they fit together?
         self.shown = [self.system.name_of(name) for name in self.labels]
         for name, split in self.splits.items():
@@ -250,15 +247,20 @@ def probe_row(run, args, splits, fit, trained):
     few = run.c.label_fraction < 1                             # windows: as many steps all the same
     return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
+class Found(NamedTuple):    # by evaluate_row
+    rows: dict = {}         # {title: row}
+    carried: dict = {}      # {title: what --generalize finds}
+    chosen: dict = {}       # {title: what its probes chose}
+    means: dict = {}        # {split: mean tokens (n, D)}, of the trained encoder
+
 def evaluate_row(run, args, title):
-    """({title: row}, {title: what --generalize finds}, {title: what probes chose}, mean tokens if
-    trained), on rank 0, of run.name, the trained encoder; 'random init'; or 'field statistics', by
-    the linear probe."""
+    """A Found, on rank 0, of run.name, the trained encoder; 'random init'; or 'field statistics',
+    by the linear probe."""
     trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
     if by_hand and run.system.statistics is None:
         say(f'{title}: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
     if by_hand and (run.system.statistics is None or 'linear' not in args.probes):
-        return {}, {}, {}, None
+        return Found()
     # the paper trains its probe in another way, and some models' probes in ways of their own
     if args.probe == 'paper':
         protocol = probe.PAPER | models.PAPER_PROBE.get((run.c.model, run.c.data), {})
@@ -298,7 +300,7 @@ def evaluate_row(run, args, title):
                 run.mlp_ratio, args.split, run.device, bar.update)
         how = 'fine-tuned as in the paper' if args.finetune == 'paper' else 'fine-tuned'
         rows[f'{title}, {how}'] = {'attentive': estimates}
-    return rows, {title: carried}, {title: chosen}, means
+    return Found(rows, {title: carried}, {title: chosen}, means)
 
 def evaluate(paths, args):
     """Evaluate runs of one dataset, write each one's eval.json, and print their table."""
@@ -313,11 +315,14 @@ def evaluate(paths, args):
     if any(data != of_data[0] for data in of_data):
         raise ValueError('the checkpoints are of different systems or datasets: a table has one')
 
+    data_hash = runs[0].splits['train'].data_hash() if RANK == 0 else ''
     most = runs[0].system.probe_windows if args.probe == 'paper' else ()
     for run in runs:
         run.probe_on(max(r.stride for r in runs), most)
+        if run.state.get('data_hash', data_hash) != data_hash:
+            say(f'{run.path} was trained on other files than those in {run.root}')
     say(summary(runs[0].c.data, runs[0].root, runs[0].splits))
-    results, statistics, untrained = [], {}, {}
+    results, statistics, untrained = [], {}, {}                # two: by what they depend on
     for run in runs:
         # what is probed
         started = time.perf_counter()
@@ -343,7 +348,7 @@ def evaluate(paths, args):
         results.append(result | {'seconds': time.perf_counter() - started})
         write_text(result_file(run.path), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
-            save_embeddings(Path(args.save_embeddings), run, found[-1])
+            save_embeddings(Path(args.save_embeddings), run, found.means)
     if RANK > 0:
         return
     # the table
@@ -363,8 +368,9 @@ def result_of(run, args, found):
     """A run's eval.json: errors of what evaluate_row found (trained first), what they depend on."""
     # errors
     rows, generalization, chosen = {}, {}, {}
-    for row, carried, settings, _ in found:
-        rows, generalization, chosen = rows | row, generalization | carried, chosen | settings
+    for one in found:
+        rows, chosen = rows | one.rows, chosen | one.chosen
+        generalization |= one.carried
     rows['predict the mean'] = {p: torch.zeros_like(run.targets[args.split])
                                 for p in PROBES if p in args.probes}
     scores, by_run = score(rows, run.targets[args.split], run.windows[args.split][:, 0], run.shown)
@@ -375,7 +381,7 @@ def result_of(run, args, found):
     if published and theirs and 'attentive' in args.probes:
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
     # the encoder, in numbers
-    means = found[0][-1]['train']                              # (n, D)
+    means = found[0].means['train']                            # (n, D)
     rank = models.embedding_health(means)['embedding_rank']
     head = probe.AttentiveProbe(means.shape[1], len(run.labels), run.mlp_ratio)
     in_encoder, in_all = models.count_parameters(run.model('cpu', trained=False))
@@ -417,7 +423,7 @@ def in_words(result):
             f'{memory}{run["windows_per_s"]:.1f} windows/s\n  probes: {chosen}')
 
 def log_lines(log, steps, step=math.inf):
-    """The last so many lines of a training log before a step, as dicts; [] if there is none."""
+    """The last so many lines (0: all) of a training log before a step, as dicts; [] for none."""
     lines = []
     for line in log.read_text(errors='replace').splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):                  # one may be cut short
@@ -488,7 +494,7 @@ def merge_rows(results, key='rows'):
             elif title.startswith(r['row']):
                 rows[name + title[len(r['row']):]] = row
             elif same:                                         # also random init of one run
-                shared.setdefault(title, row)
+                shared[title] = row
             else:
                 rows[f'{name}, {title}'] = row
     return rows | shared | paper

@@ -18,8 +18,9 @@ from matplotlib.ticker import LogLocator
 from PIL import Image                                                   # comes with matplotlib
 
 import model as models
-from data import coordinates, find_dataset, open_well_file, well_files
-from eval import CLOCKS, PUBLISHED_ROW, checkpoints, merge_rows
+from data import coordinates, find_dataset, open_well_file
+from eval import CLOCKS, PUBLISHED_ROW, checkpoints, log_lines, merge_rows
+from systems.datasets import well_files
 
 plt.switch_backend('Agg')                                               # no window
 PROBES = {'attentive': '#3b528b', 'linear': '#21918c', 'knn': '#a0c93a'}
@@ -94,7 +95,7 @@ def examples(figure, root, system, labels, columns):
 
 def training(figure, path):
     """Loss, its terms, std and rank of the embedding, and learning rate, by step."""
-    log = [json.loads(line) for line in path.read_text().splitlines()]
+    log = log_lines(path, 0)
     spread = ['embedding_std', 'embedding_rank']
     probed = list(dict.fromkeys(key for line in log for key in line if key.startswith('probe_')))
     terms = [key for key in log[-1] if key not in {*CLOCKS, 'loss', *probed}
@@ -169,7 +170,7 @@ def main(argv=None):
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     runs = [p if p.is_dir() else p.parent for p in paths or checkpoints()[-1:]]
     run, log = runs[0], runs[0] / 'log.jsonl'                           # the one that is drawn
-    if not log.exists() or not log.read_text():
+    if not log_lines(log, 1):
         raise ValueError(f'{run} is no run of train.py, or has made no step: it has no {log.name}')
     results = [json.loads(p.read_text()) for r in runs if (p := r / 'eval.json').exists()]
     if len({result['system'] for result in results}) > 1:

@@ -19,9 +19,8 @@ import h5py
 import numpy as np
 import torch
 
-from data import read_recipe
 from systems import find_system, system_names
-from systems.datasets import well_files
+from systems.datasets import read_recipe, well_files
 
 RESOLVED = 1e-3     # largest share of energy in the last third of the spectrum of a resolved run
 MEMORY = 4e9        # bytes of fields held at once: so many batches are simulated side by side

@@ -37,9 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 import model as models
 import probe
 import simulate
-from data import Split, describe_file, find_dataset, read_recipe
+from data import Split, describe_file, find_dataset
 from systems import DEFAULT, System
-from systems.datasets import summary, system_name, well_files
+from systems.datasets import read_recipe, summary, system_name, well_files
 
 of_data, of_optimizer = partial(option, group='data'), partial(option, group='optimisation')
 of_machine = partial(option, group='machine')
@@ -132,7 +132,7 @@ def parse(argv, description, missing=False):
     settings = {f.name: f.default for cls in (Config, module.Options) for f in fields(cls)}
     settings |= system.protocol() | preset_settings(module, preset, name)
     parser = Parser(f'{description}\nDefaults: {early.model}, preset {preset}, on {name}.\n'
-                    f'Presets of {early.model}: {presets_of(module)}.')
+                    f'Presets of {early.model}: auto, {", ".join(presets_of(module))}.')
     parser.add_dataclass(Config, settings)
     parser.add_dataclass(module.Options, settings)
     flags = vars(parser.parse_args(argv))                      # those that were given
@@ -168,19 +168,19 @@ def is_paired(c):
     return c.views in ('paired', 'same')
 
 def presets_of(module):
-    """Names of a model's presets, in words."""
+    """Names of a model's presets."""
     own = getattr(module, 'PRESETS', {})
-    return ', '.join(['auto', 'smoke', *(key for key in PRESETS | own if isinstance(key, str))])
+    return ['smoke', *(key for key in PRESETS | own if isinstance(key, str))]
 
 def preset_settings(module, preset, system):
     """The settings of a model's preset on a system. ValueError if there is no such preset."""
     of_model = getattr(module, 'PRESETS', {})
-    if preset not in presets_of(module).split(', ')[1:]:
+    if preset not in presets_of(module):
         # perhaps another model has it
         hints = [f'add --model {name}, or ' for name in models.MODELS
                  if preset in getattr(models.find_model(name), 'PRESETS', {})]
         raise ValueError(f'this model has no preset {preset!r}: {"".join(hints[:1])}choose from '
-                         f'{presets_of(module)}')
+                         f'auto, {", ".join(presets_of(module))}')
     key, more = ('nano', SMOKE) if preset == 'smoke' else (preset, {})
     settings = PRESETS.get(key, {}) | of_model.get(key, {}) | of_model.get((key, system), {}) | more
     # a typo in a model's file would pass in silence
@@ -204,8 +204,7 @@ def complete(c):
     if not 0 < c.label_fraction <= 1 or c.label_fraction < 1 and not c.supervised:
         raise ValueError(f'--label-fraction is in (0, 1], for --supervised: not {c.label_fraction}')
 
-    package = importlib.util.find_spec('wandb')
-    if c.wandb and not (package and package.origin):           # a folder of that name is none
+    if c.wandb and not getattr(importlib.util.find_spec('wandb'), 'origin', None):  # or a folder
         raise ValueError('--wandb needs a package that is not here: pip install wandb')
 
     c.device = pick_device(c.device)

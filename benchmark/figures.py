@@ -17,11 +17,12 @@ from matplotlib.ticker import LogLocator
 import model as models
 from benchmark.report import (EXPERIMENT, HERE, errors_of, floor_of, label_curves, read_cells,
                               read_records, results_of)
-from data import find_dataset, well_files
+from data import find_dataset
 from eval import SHARED
 from plot import (PROBES, STYLE, canvas, corners, files_by_labels, limits, plt, read_example, save,
                   show, values_of)
 from systems import system_names
+from systems.datasets import well_files
 
 LOOKS = (('#cc79a7', 'D'), ('#0072b2', 'o'), ('#009e73', 's'), ('#56b4e9', 'v'), ('#e69f00', '^'),
          ('#8c564b', 'P'))                  # of the models, by name

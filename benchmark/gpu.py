@@ -107,8 +107,8 @@ def train_and_probe(name, folder, minutes, rehearse):
     # ten steps say how many the minutes have room for
     first, out = folder / f'first-{name}', folder / name
     train.main([*flags, '--steps', '10', '--out', str(first)])
-    log = [json.loads(line) for line in (first / 'log.jsonl').read_text().splitlines()]
-    rate, (c, _, _) = np.median([row['samples_per_s'] for row in log[5:]]), train.parse(flags, '')
+    log = evaluation.log_lines(first / 'log.jsonl', 5)
+    rate, (c, _, _) = np.median([row['samples_per_s'] for row in log]), train.parse(flags, '')
     steps = max(10, round(60 * minutes * rate / c.batch))
     train.main([*flags, '--steps', str(steps), '--out', str(out)])
 

@@ -97,7 +97,7 @@ def trainer(c, options, forms={}):
         if type(layer) in forms:
             layer.forward = functools.partial(forms[type(layer)], layer)
     models.recompute_blocks(model.network, c.recompute, c.device)
-    forward = torch.compile(model.network) if c.compile else model.network
+    forward = train.as_stepped(model, c)
 
     optimizer = train.optimizer_of(model.network, c)
     for group in optimizer.param_groups:

@@ -68,7 +68,7 @@ MUTANTS = [                                              # file, what stands the
     ('train.py', 'if int(s) < step', 'if True', REQUEUE + ' -k log_goes_on'),
     ('train.py', "state.get('data_hash', data_hash) != data_hash", 'False', REQUEUE + ' -k other_data'),
     ('train.py', 'rtol=1e-3, atol=1e-6)', 'rtol=9.0)', REQUEUE + ' -k other_data'),
-    ('data.py', 'h.update(f.read(2**15))', 'f.read(2**15)', REQUEUE + ' -k other_data'),
+    ('data.py', 'h.update(read_blocks(path, 2**15))', 'read_blocks(path, 2**15)', REQUEUE + ' -k other_data'),
     ('data.py', 'self.channels, scalars]', 'self.channels]', REQUEUE + ' -k blocks_may_miss'),
     ('data.py', 'process.terminate()', 'pass', REQUEUE + ' -k processes_that_cache'),
     ('common.py', 'os._exit(128 + number)', 'pass', REQUEUE + ' -k second_signal'),

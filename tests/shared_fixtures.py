@@ -32,6 +32,14 @@ def fluids(tmp_path_factory):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, and no data folder of the user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
+    return tmp_path
+
+
+@pytest.fixture
 def published(tmp_path):
     return make_published(tmp_path / 'well')
 

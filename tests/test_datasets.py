@@ -31,13 +31,6 @@ def files(tmp_path_factory):
     return root / 'data'
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
-    return tmp_path
-
-
 def parse(*flags, name='active_matter'):
     return train.parse([str(f) for f in ('--data', name, '--device', 'cpu', *flags)], '')[0]
 

@@ -27,13 +27,6 @@ def made(well, out, *flags, model='jepa'):
     return out
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
-    return tmp_path
-
-
 def says(capsys, *flags):
     evaluation.main([str(f) for f in flags])
     return capsys.readouterr().out

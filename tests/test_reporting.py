@@ -24,13 +24,6 @@ QUICK = ['--probes', 'linear,knn', '--stride', '16']
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('THE_WELL_DATA_DIR', raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 def made(well, here, capsys):
     """A function that trains a small run in this process, two steps, and gives its folder."""
     def make(out, *flags):
