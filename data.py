@@ -484,12 +484,14 @@ class Split:
         std = np.where(std > 1e-5 * size, std, np.float32(1e-3) * size)
         return self.mean, np.where(std > 0, std, np.float32(1))
 
-    def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None):
+    def load(self, windows, frames=WINDOW, crop=0, augment=False, seeds=None, out=None):
         """Windows (B, 2) of run and first frame -> (B, C, frames, h, w) float32, raw units.
         crop: side of a square cut at a random place (0: the whole field). augment: a random shift
-        along the periodic axes and a random symmetry of the equations. seeds: one per window."""
+        along the periodic axes and a random symmetry of the equations. seeds: one per window.
+        out: a tensor for the result."""
         H, W = self.size
-        out = torch.empty(len(windows), len(self.channels), frames, crop or H, crop or W)
+        if out is None:
+            out = torch.empty(len(windows), len(self.channels), frames, crop or H, crop or W)
         h, w = out.shape[-2:]
         # quarter turns need a square
         symmetries = [s for s in self.symmetries if h == w or s // 2 % 2 == 0]
@@ -508,9 +510,11 @@ class Split:
             if fields.shape[-2:] != self.size:
                 small = torch.from_numpy(np.array(fields, np.float32))
                 fields = F.interpolate(small, size=self.size, mode='bilinear').numpy()
-            wrapped_copy(fields, x0, y0, out[i].numpy())
+            window = out[i].numpy()
+            cut = np.empty(window.shape, np.float32) if element else window
+            wrapped_copy(fields, x0, y0, cut)
             if element:
-                out[i] = torch.from_numpy(transform(out[i].numpy(), self.components, element))
+                transform(cut, self.components, element, window)
         return out
 
 def spread_runs(labels, seed):
@@ -542,8 +546,8 @@ def wrapped_copy(field, x0, y0, out):
     out[..., :nx, ny:] = field[..., x0:x0 + nx, :w - ny]
     out[..., nx:, ny:] = field[..., :h - nx, :w - ny]
 
-def transform(fields, components, element):
-    """One of the eight symmetries of the square: fields (C, T, n, n) -> the same shape.
+def transform(fields, components, element, out=None):
+    """One of the eight symmetries of the square: fields (C, T, n, n) -> out, of the same shape.
     element = flip + 2 * turns: x -> -x if flip, then `turns` quarter turns x -> y, y -> -x.
     Positions and components move together: v'(Rx) = R v(x), D'(Rx) = R D(x) R^T.
     components: (field, indices) of each channel, as ('D', (0, 1)) for D_xy."""
@@ -558,7 +562,7 @@ def transform(fields, components, element):
         axis = [(axis[1][0], -axis[1][1]), axis[0]]
 
     # components
-    out = np.empty(fields.shape, fields.dtype)
+    out = np.empty(fields.shape, fields.dtype) if out is None else out
     for c, (field, indices) in enumerate(components):          # v'_x is v_y, say, or -v_x
         source = field, tuple(axis[i][0] for i in indices)
         sign = math.prod(axis[i][1] for i in indices)          # a Python int: stays float32

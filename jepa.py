@@ -47,7 +47,7 @@ class Options(EncoderOptions):
     chunks: int = option(5, 'vicreg cuts the rows of a batch into so many random chunks')
     sigreg_coeff: float = option(0.05, "share of sigreg's normality term; the rest is invariance")
     directions: int = option(1024, 'random directions along which sigreg looks')
-    temperature: float = option(0.5, 'temperature of --loss infonce')
+    temperature: float = option(0.2, 'temperature of --loss infonce')
     loss_rows: str = option('local', 'the loss sees windows of one process: local; of all: global')
     standardize: bool = option(False, 'z-score the embeddings before the loss')
     target: str = option('encoder', 'what embeds the target: encoder; ema, its moving average')
@@ -209,6 +209,7 @@ class JEPA(nn.Module):
         super().__init__()
         o = self.options = Options(**settings)
         self.paired, self.standardize = paired, o.standardize
+        self.needs_runs = o.loss == 'infonce'
         self.encoder = build_encoder(channels, o)
 
         # the identity predicts that nothing changes
@@ -221,12 +222,13 @@ class JEPA(nn.Module):
         if o.target == 'ema':
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    def forward(self, context, target, generator=None):
-        """context, target: (B, channels, 16, H, W). `generator`: in the same state on all ranks."""
+    def forward(self, context, target, generator=None, runs=None):
+        """context, target: (B, channels, 16, H, W). `generator`: in the same state on all ranks.
+        runs: (B,), the run that each is of, for --loss infonce."""
         # embed both; `self.embedding` keeps one for logs
         if self.teacher is None:
-            z, z_next = self.encoder(torch.cat([context, target])).chunk(2)
-            self.embedding = z_next.detach().clone()         # compiled, a view of z_next crashes
+            z, z_next = self.encoder(context), self.encoder(target)      # (B, D, h, w)
+            self.embedding = z_next.detach()
         else:
             z = self.encoder(context)                                    # (B, D, h, w)
             self.embedding = z.detach()
@@ -236,6 +238,7 @@ class JEPA(nn.Module):
         # the rows of the loss
         if self.options.loss_rows == 'global':
             z, z_next = gather(z), gather(z_next)                        # (world * B, D, h, w)
+            runs = runs if runs is None else gather(runs)                # (world * B,)
         if self.standardize:
             z, z_next = standardize(z), standardize(z_next)
 
@@ -251,16 +254,16 @@ class JEPA(nn.Module):
             partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
         with autocast(p.device):                                         # in full precision
-            return self.loss(p, z_next, generator)
+            return self.loss(p, z_next, generator, runs)
 
-    def loss(self, p, z_next, generator):
-        """{'loss', and its terms} of predicted and actual embeddings (B, D, h, w)."""
+    def loss(self, p, z_next, generator, runs=None):
+        """{'loss', and its terms} of predicted and actual embeddings (B, D, h, w), of runs (B,)."""
         o = self.options
         if o.loss == 'sigreg':
             return sigreg_loss_maps(p, z_next, sigreg_coeff=o.sigreg_coeff,
                                     directions=o.directions, generator=generator)
         if o.loss == 'infonce':
-            return infonce_loss_maps(p, z_next, temperature=o.temperature)
+            return infonce_loss_maps(p, z_next, temperature=o.temperature, runs=runs)
         return vicreg_loss_maps(p, z_next, sim_coeff=o.sim_coeff, std_coeff=o.std_coeff,
                                 cov_coeff=o.cov_coeff, chunks=o.chunks, generator=generator)
 

@@ -21,7 +21,8 @@ keeps the last embedding, detached, as self.embedding, for the log. It may have
                     load_published(network, path); classes called Block, for --recompute; their
                     `mlp` is what --recompute mlp repeats, on a GPU by itself if it is a method:
                     it takes and gives (B, ..., D), and mixes no places
-    in the network  encoder.dim, for --supervised; after_step(share of steps done), after each step;
+    in the network  encoder.dim, for --supervised; needs_runs, true if its forward takes the
+                    keyword runs (B,); after_step(share of steps done), after each step;
                     undecayed(name, parameter), true for what weight decay leaves alone
 """
 import dataclasses
@@ -97,7 +98,8 @@ class Model(nn.Module):
 
     def normalise(self, x):
         """Raw fields (B, C, T, H, W) -> what the network is given, on its device."""
-        return (x.to(self.mean.device, self.mean.dtype, non_blocking=True) - self.mean) / self.std
+        x = x.to(self.mean.device, self.mean.dtype, non_blocking=True) - self.mean
+        return x.div_(self.std)
 
     def autocast(self):
         """What the network computes in: bfloat16 or float16 where its run did."""

@@ -1,4 +1,6 @@
 """SIGReg and InfoNCE: other losses of a predicted embedding x and the actual one y than VICReg."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -55,19 +57,24 @@ def sigreg_loss_maps(x, y, sigreg_coeff=0.05, directions=1024, generator=None):
 #     L = - mean_n log [ exp(s(x_n, y_n) / T) / sum_m exp(s(x_n, y_m) / T) ]
 #
 # averaged with the same loss of x and y exchanged. The embedding learns what tells runs apart, not
-# what changes along a run, or from place to place. Two windows of one run in a batch count as
-# different all the same. A batch is one micro-batch, of all ranks with `--loss-rows global`.
+# what changes along a run, or from place to place. So m goes over windows of other runs, and n.
+# Other runs with the same parameters remain: they are pushed apart, as nobody knows the labels.
+# A batch is one micro-batch, of all ranks with `--loss-rows global`.
 
-def infonce(x, y, temperature=0.5):
-    """Loss of paired rows x, y (N, D), and `found`: how often a row's partner is the nearest."""
+def infonce(x, y, temperature=0.2, runs=None):
+    """Loss of paired rows x, y (N, D), and `found`: how often a row's partner is the nearest.
+    runs: (N,), the run of each row; another row of its run is not compared with it."""
     if len(x) < 2:
         raise ValueError('InfoNCE compares windows: it needs at least 2 at once, see --micro-batch')
     similarity = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T / temperature         # (N, N)
     partner = torch.arange(len(x), device=x.device)
+    if runs is not None:
+        own = (runs[:, None] == runs) & (partner[:, None] != partner)    # (N, N)
+        similarity = similarity.masked_fill(own, -math.inf)
     loss = (F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.T, partner)) / 2
     return {'loss': loss, 'found': (similarity.argmax(1) == partner).float().mean()}
 
-def infonce_loss_maps(x, y, temperature=0.5):
-    """InfoNCE of embedding maps x, y (B, D, H, W). Under DDP `gather` them first."""
+def infonce_loss_maps(x, y, temperature=0.2, runs=None):
+    """InfoNCE of embedding maps x, y (B, D, H, W), runs (B,). Under DDP `gather` them first."""
     x, y = (in_full(z).mean((2, 3)) for z in (x, y))                     # (B, D)
-    return infonce(x, y, temperature)
+    return infonce(x, y, temperature, runs)

@@ -279,7 +279,8 @@ def window_order(n, seed, first, count):
     return out
 
 def load_batch(data, c, step, micro):
-    """A micro-batch of this rank: windows (B, C, 32, H, W), raw units; labels (B, L), z-scored."""
+    """A micro-batch of this rank: windows (B, C, 32, H, W), raw units; labels (B, L), z-scored;
+    the run of each, (B,)."""
     # which windows: this rank's part of the micro-batch's part of the step
     B = c.micro_batch // WORLD
     first = micro * c.micro_batch + RANK * B
@@ -291,10 +292,12 @@ def load_batch(data, c, step, micro):
         return [(c.seed, stream, step, first + i) for i in range(B)]
 
     # context and target at the same place, one after the other: read 32 frames at once
+    sides = (c.crop, c.crop) if c.crop else data.size
+    x = torch.empty(B, len(data.channels), 2 * FRAMES, *sides)
     frames = 2 * FRAMES if c.views == 'paired' else FRAMES
-    x = data.load(windows, frames, c.crop, c.augment, seeds(2))          # (B, C, frames, H, W)
+    data.load(windows, frames, c.crop, c.augment, seeds(2), x[:, :, :frames])
     if c.views == 'same':
-        x = torch.cat([x, x], 2)
+        x[:, :, FRAMES:] = x[:, :, :FRAMES]
 
     # or the target is another view, cropped and turned on its own
     if c.views in ('unpaired', 'other-time'):
@@ -302,9 +305,9 @@ def load_batch(data, c, step, micro):
         if c.views == 'other-time':
             where = [(run, other_time(t, data.frames[run] - FRAMES, seed))
                      for (run, t), seed in zip(windows, seeds(4))]
-        x = torch.cat([x, data.load(np.array(where), FRAMES, c.crop, c.augment, seeds(3))], 2)
+        data.load(np.array(where), FRAMES, c.crop, c.augment, seeds(3), x[:, :, FRAMES:])
     # pinned memory: the copy to the GPU goes on while it computes
-    return x.pin_memory() if c.device == 'cuda' else x, labels
+    return x.pin_memory() if c.device == 'cuda' else x, labels, torch.tensor(windows[:, 0])
 
 def other_time(t, last, seed):
     """A first frame in 0..last whose 16 frames are none of those from t on."""
@@ -330,15 +333,16 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
     optimizer.zero_grad(set_to_none=True)
     sums, accumulate = {}, c.batch // c.micro_batch
     for micro in range(accumulate):
-        x, labels = next(batches)                              # loaded ahead
+        x, labels, runs = next(batches)                        # loaded ahead
         x = model.normalise(x)                                 # (B, C, 32, H, W)
         labels = [labels.to(x.dtype).to(x.device)] if c.supervised else []
+        needs_runs = getattr(model.network, 'needs_runs', False)
+        also = {'runs': runs.to(x.device)} if needs_runs else {}
 
-        # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself.
-        # A generator on the CPU keeps 32 bits of a seed, so --seed 4 draws masks as 0 does
-        alike = (c.seed * 2**20 + step) * 1024 + micro
-        of_rank = draw_seed((c.seed, 9, step, micro, RANK))
-        generator = torch.Generator().manual_seed(alike % 2**63)
+        # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself
+        alike, of_rank = (draw_seed(key) for key in (
+            (c.seed, 10, step, micro), (c.seed, 9, step, micro, RANK)))
+        generator = torch.Generator().manual_seed(alike)
         torch.manual_seed(of_rank)                             # for dropout and the like
         if c.noise > 0:
             noise = torch.Generator(x.device).manual_seed(of_rank)
@@ -348,7 +352,7 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
         last = micro == accumulate - 1
         with contextlib.nullcontext() if last or WORLD == 1 else forward.no_sync():
             with model.autocast():                             # bfloat16 or float16, if it is so
-                losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator, *labels)
+                losses = forward(x[:, :, :FRAMES], x[:, :, FRAMES:], generator, *labels, **also)
             if not isinstance(losses, dict) or 'loss' not in losses:
                 raise ValueError("a network's forward returns a dict with 'loss' in it")
             scaler.scale(losses['loss'] / accumulate).backward()

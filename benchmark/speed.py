@@ -102,7 +102,8 @@ def trainer(c, options, forms={}):
     optimizer = train.optimizer_of(model.network, c)
     for group in optimizer.param_groups:
         group['lr'] = 0.0
-    batch = smooth_fields(c).to(c.device), torch.zeros(c.batch, len(LABELS), device=c.device)
+    batch = (smooth_fields(c).to(c.device), torch.zeros(c.batch, len(LABELS), device=c.device),
+             torch.arange(c.batch))
 
     def step(batches=itertools.repeat(batch)):
         terms = train.train_step(model, forward, optimizer, batches, c, step=0)

@@ -139,8 +139,8 @@ SYSTEM = System(
     presets={
         'nano': Preset(
             (48, 96), 80, [(r, s) for s in SCHMIDT for r in (80.0, 160.0, 320.0, 640.0)],
-            dict(train=3, valid=1, test=1), 7,
-            '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs, 140 runs: 0.8 GB, 3 minutes',
+            dict(train=3, valid=1, test=5), 7,
+            '48 x 96 (solved at 96 x 192), 80 frames, 28 pairs, 252 runs: 1.5 GB, 5 minutes',
             dict(refine=2, layers=4, jumps=(0.4, 1.2), widths=(0.1, 0.2), blobs=(0.05, 0.15),
                  waves=0.1)),
         'well': Preset(

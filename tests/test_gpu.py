@@ -186,5 +186,5 @@ def test_noise_is_the_steps_own():
     c = train.Config(batch=2, micro_batch=2, noise=1.0, device='cuda', dtype='float32')
     model = Model(Mean(), Inputs('any', ['a'], (True, True), (16, 16)), [0], [1]).to('cuda')
     sgd, x = torch.optim.SGD(model.parameters(), 0.0), torch.zeros(2, 1, 32, 16, 16, device='cuda')
-    loss = lambda step: float(train.train_step(model, model.network, sgd, iter([(x, None)]), c, step)['loss'])
+    loss = lambda step: float(train.train_step(model, model.network, sgd, iter([(x, None, None)]), c, step)['loss'])
     assert loss(1) == loss(1) != loss(2) and loss(1) != 0

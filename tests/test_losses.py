@@ -8,6 +8,7 @@ import jepa
 import train
 from helpers import NANO
 from jepa import JEPA, load_published, move_teacher
+from model import Inputs, Model
 from objectives import infonce, infonce_loss_maps, random_directions, sigreg, sigreg_loss_maps
 
 SMALL = {'encoder': 'statistics', 'widths': (4, 4, 4, 8)}
@@ -81,6 +82,37 @@ def test_infonce_is_the_cross_entropy_of_similarities():
         infonce(x[:1], y[:1])
 
 
+def test_infonce_compares_with_other_runs_alone():
+    """Windows 0 and 2 are of one run: neither is the other's negative, whatever its embedding; 1 and 3 are."""
+    x, y = torch.randn(2, 4, 5, generator=seeded(0)).double().unbind()
+    runs = torch.tensor([7, 3, 7, 5])
+
+    def loss(y, runs=runs):
+        return infonce(x, y, 0.2, runs)['loss']
+    left = [[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]             # whom each window is compared with
+    s = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(y).T / 0.2
+    by_hand = [[m[n, those].logsumexp(0) - m[n, n] for n, those in enumerate(left)] for m in (s, s.T)]
+    assert loss(y).item() == pytest.approx(np.mean(by_hand))
+    assert loss(y, torch.arange(4)) == infonce(x, y, 0.2)['loss'] > loss(y)
+    assert infonce(x, y, 0.2, torch.ones(4))['loss'] == 0                # nobody to be compared with
+    maps = infonce_loss_maps(x[..., None, None], y[..., None, None], 0.2, runs)
+    assert maps['loss'].item() == pytest.approx(loss(y).item())
+
+
+def test_infonce_is_told_the_runs_by_each_step():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32, 32)
+    c = train.Config(batch=4, micro_batch=4, views='other-time')
+    losses = []
+    for runs in torch.arange(4), torch.tensor([0, 1, 0, 1]):
+        torch.manual_seed(1)
+        model = Model(JEPA(3, **SMALL, loss='infonce'), Inputs('any', list('abc'), (True, True), (32, 32)),
+                      [0.0] * 3, [1.0] * 3)
+        sgd = torch.optim.SGD(model.parameters(), 0.0)
+        losses.append(train.train_step(model, model.network, sgd, iter([(x, None, runs)]), c, 0)['loss'])
+    assert losses[1] < losses[0]
+
+
 def test_teacher_formula():
     slow, fast = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     old = [p.clone() for p in slow.parameters()]
@@ -101,7 +133,7 @@ def test_jepa_with_a_teacher(tmp_path):
         for p in model.teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
     seen = {}
-    model.loss = lambda p, z, generator: seen.update(z=z) or {'loss': p.mean()}
+    model.loss = lambda p, z, *more: seen.update(z=z) or {'loss': p.mean()}
     model(*x)['loss'].backward()
     assert torch.equal(seen['z'], model.teacher(x[1])) and not seen['z'].requires_grad
     assert torch.equal(model.embedding, model.encoder(x[0]).detach())

@@ -98,7 +98,7 @@ def step_of(flags, what, dtype='float32', **settings):
     recompute_blocks(model.network, what)
     forward = torch.compile(model.network, backend='eager') if settings.get('compiled') else model.network
     x = torch.randn(2, 11, 32, 32, 32, generator=torch.Generator().manual_seed(0))
-    terms = train.train_step(model, forward, torch.optim.SGD(model.parameters(), 0.0), iter([(x, None)]), c, 0)
+    terms = train.train_step(model, forward, torch.optim.SGD(model.parameters(), 0.0), iter([(x, None, None)]), c, 0)
     return terms, [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -259,7 +259,7 @@ def steep_step(slope, scale, loss=1.0):
     scaler = torch.amp.GradScaler('cpu', init_scale=scale)
     c = train.Config(batch=1, micro_batch=1, dtype='float16', device='cpu')
     sgd, x = torch.optim.SGD(model.parameters(), 0.1), torch.zeros(1, 1, 32, 4, 4)
-    train.train_step(model, model.network, sgd, iter([(x, None)]), c, 0, scaler)
+    train.train_step(model, model.network, sgd, iter([(x, None, None)]), c, 0, scaler)
     return model.network.weight.item(), scaler.get_scale()
 
 
@@ -298,12 +298,12 @@ def test_no_float64_reaches_a_mac(name, nowhere):
     x, labels = torch.randn(2, 11, 32, 32, 32), torch.randn(2, 2, dtype=torch.float64)
     model.embed(x[:, :, :16])                                            # makes the ViTs' table of places
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    train.train_step(model, model.network, sgd, iter([(x, labels)]), c, 0)
+    train.train_step(model, model.network, sgd, iter([(x, labels, None)]), c, 0)
     with pytest.raises(TypeError, match='MPS'), NoFloat64():             # on the CPU there is some
-        train.train_step(model, model.network, sgd, iter([(x, labels)]), c, 0)
+        train.train_step(model, model.network, sgd, iter([(x, labels, None)]), c, 0)
     c.device = 'mps'
     with NoFloat64():
-        terms = train.train_step(model, model.network, sgd, iter([(x, labels)]), c, 0)
+        terms = train.train_step(model, model.network, sgd, iter([(x, labels, None)]), c, 0)
         assert model.embed(x[:, :, :16]).dtype == torch.float32
     assert np.isfinite(terms['loss'])
 

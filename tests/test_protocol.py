@@ -36,7 +36,7 @@ OF_MODEL = {
                  widths=(16, 32, 64, 128, 128), blocks=(3, 3, 3, 9, 3), layer_scale=1e-6, residual=False,
                  sim_coeff=2.0, std_coeff=40.0, cov_coeff=2.0, chunks=5, standardize=False,      # [T], [C] model.py
                  loss_rows='local',                                      # [C] nothing is gathered
-                 loss='vicreg', target='encoder', sigreg_coeff=0.05, directions=1024, temperature=0.5,
+                 loss='vicreg', target='encoder', sigreg_coeff=0.05, directions=1024, temperature=0.2,
                  momentum=(0.996, 1.0), predictor='conv'),                               # not the paper's
     'videomae': dict(batch=128, lr=1.5e-4, min_lr=1e-5, noise=0.0,       # [V] per 256 clips, two in a window
                      size='small', width=0, depth=0, heads=0, patch=16, mask_ratio=0.9, decoder_width=192,
@@ -158,7 +158,7 @@ def steps_of(dtype='float32', x=torch.zeros(4, 1, 32, 16, 4), **settings):
     model = Model(network, Inputs('any', ['a'], (True, True), (16, 4)), [0], [1], dtype=dtype)
     optimizer = train.optimizer_of(network, c)
     for step in 0, 1:
-        train.train_step(model, network, optimizer, iter([(x, None)]), c, step)
+        train.train_step(model, network, optimizer, iter([(x, None, None)]), c, step)
     return network.seen
 
 
@@ -204,9 +204,10 @@ def decode(x):
 def batch_of(views, step=0, **settings):
     data = Places()
     c = train.Config(views=views, crop=4, augment=True, batch=32, micro_batch=32, **settings)
-    x, labels = train.load_batch(data, c, step, 0)
+    x, labels, runs = train.load_batch(data, c, step, 0)
     asked = data.windows[train.window_order(len(data.windows), c.seed, step * 32, 32)]
     assert torch.allclose(labels[:, 0], torch.tensor(1.5**0.5 * (asked[:, 0] - 1)))     # each window's own, z-scored
+    assert runs.tolist() == asked[:, 0].tolist()
     return decode(x[:, :, :16]), decode(x[:, :, 16:]), asked.tolist(), x
 
 

@@ -11,7 +11,7 @@ import torch
 import simulate
 from helpers import (ALPHAS, CHANNELS, FLUIDS, GRID, NAME, RUNS, ZETAS, attributes, both_fluids, derivatives, files_of,
                      linked, make_miniature, make_published, read_bytes)
-from systems import find_system
+from systems import find_system, rayleigh_benard as convection
 from systems.active_matter import active_matter_start
 from systems.rayleigh_benard import rayleigh_benard_start
 from systems.shear_flow import random_start
@@ -179,13 +179,37 @@ def test_no_two_splits_begin_nearly_alike(name):
             fields = [random_start(*grid, key, **draw)[0] for key in keys]
         elif name == 'active_matter':
             fields = [torch.view_as_real(active_matter_start(grid[0], key)[1]) for key in keys]
-        else:                                                            # at the same db, what breaks the symmetry
+        else:                                                            # what breaks the symmetry; its db: below
             fields = [rayleigh_benard_start(*grid, 1.0, key, p.settings['noise']) for key in keys]
             fields = [b - b.mean(0) for b in fields]
         starts[split] = torch.stack([f.flatten() for f in fields])
     for split in 'valid', 'test':
         distance = torch.cdist(starts[split], starts['train']) / starts[split].norm(dim=1, keepdim=True)
         assert distance.min() > 0.2, split
+
+
+def test_no_two_runs_of_convection_have_one_db(monkeypatch):
+    """A start's db is its own, from 0.2 to 1, and tells nothing of its parameters: of all runs of nano, as solved."""
+    p, starts = find_system('rayleigh_benard').presets['nano'], []
+    monkeypatch.setattr(convection, 'RayleighBenard', lambda rayleigh, prandtl, b: starts.extend(zip(rayleigh, prandtl, b)))
+    keys = [[s, split, pair, run] for s in (0, 1) for split, runs in enumerate(p.runs.values())
+            for pair in range(len(p.pairs)) for run in range(runs)]
+    find_system('rayleigh_benard').solver([p.pairs[pair] for _, _, pair, _ in keys], keys, p, 'cpu')
+
+    # b = (1 - y) db + y (1 - y) times noise that has no mean along x
+    y = torch.tensor(convection.chebyshev_nodes(p.grid[1]))
+    db = torch.stack([(b.mean(0) / (1 - y)).mean() for *_, b in starts])
+    assert len(db.unique()) == len(keys) and 0.2 <= db.min() < 0.22 and 0.98 < db.max() <= 1
+    assert abs(db.mean() - 0.6) < 0.03
+    of_train = torch.tensor([split == 0 for _, split, *_ in keys])
+    labels = torch.tensor([[np.log(ra), pr] for ra, pr, _ in starts])
+    for chosen in of_train, ~of_train:
+        with_labels = torch.corrcoef(torch.cat([db[chosen, None], labels[chosen]], 1).T)[0, 1:]
+        assert with_labels.abs().max() < 0.25
+    # nor does a run of test begin nearly as one of train at its parameters, db in
+    shape = {split: torch.stack([b.flatten() for (*_, b), key in zip(starts, keys) if key[:2] == [0, split]]) for split in (0, 2)}
+    apart = torch.cdist(shape[2].view(28, 5, -1), shape[0].view(28, 3, -1))
+    assert (apart / shape[2].view(28, 5, -1).norm(dim=2, keepdim=True)).min() > 0.02
 
 
 def test_the_seed_reaches_the_data(tmp_path):

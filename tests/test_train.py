@@ -107,7 +107,7 @@ def test_accumulated_gradients_are_the_mean_of_the_windows():
         c = train.Config(batch=4, micro_batch=micro_batch)
         model = Model(Chance(), Inputs('any', ['a'], (True, True), (4, 4)), [0], [1]).eval()
         model.network.forward = lambda context, target, generator: {'loss': model.network.weight * context.mean()}
-        parts = iter([(part, None) for part in x.split(micro_batch)])
+        parts = iter([(part, None, None) for part in x.split(micro_batch)])
         train.train_step(model, model.network, torch.optim.SGD(model.parameters(), 0.1), parts, c, 0)
         return model.network.weight.grad.item()
     assert gradient(4) == pytest.approx(x[:, :, :16].mean().item()) == pytest.approx(gradient(2))
@@ -132,7 +132,7 @@ def test_dropout_depends_on_seed_and_step_alone():
         torch.rand(step + 3)
         model = Model(Chance(), Inputs('any', ['a'], (True, True), (4, 4)), [0], [1])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        return train.train_step(model, model.network, optimizer, iter([(x, None)]), c, step)['loss']
+        return train.train_step(model, model.network, optimizer, iter([(x, None, None)]), c, step)['loss']
     assert loss(1) == loss(1) != loss(2)
 
 
