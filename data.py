@@ -520,9 +520,10 @@ class Split:
 def spread_runs(labels, seed):
     """An order of runs, by labels (runs, L), whose first few are always spread over the labels.
     Each run is the farthest from all before it, in z-scored labels; of runs with equal labels, the
-    second comes after all others' first. seed: of the first run, and of the choice among equals."""
+    second comes after all others' first. seed: of the first run, and of the choice among equals; a
+    number, or several."""
     z = (labels - labels.mean(0)) / labels.std(0)
-    left, order = np.random.default_rng([seed, 6]).permutation(len(z)), []
+    left, order = np.random.default_rng([*np.ravel(seed), 6]).permutation(len(z)), []
     while len(left):
         # a turn: one run for each set of labels
         _, first = np.unique(z[left], axis=0, return_index=True)

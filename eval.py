@@ -7,13 +7,15 @@ What a pretrained encoder knows of the physics: the error table.
     python eval.py --probes linear,knn            # without the one that takes minutes
     python eval.py out/... --finetune             # also train encoder and head end to end
     python eval.py out/... --generalize           # fewer labels, unseen parameters, spoilt fields
+    python eval.py out/... --noise 0.3            # on noisy fields, by probes of noisy, clean ones
     python eval.py out/... --save-embeddings FILE # keep the mean tokens of all windows
     torchrun --nproc_per_node=8 eval.py out/...   # the same table, sooner
 
 Three probes (probe.py) read the z-scored parameters from frozen tokens of windows; the table has
-their mean squared errors: guessing the mean scores 1. Two rows keep the encoder honest: itself
-before training, and hand-made field statistics. The rows go to eval.json beside each checkpoint,
-of ckpt-STEP.pt to eval-STEP.json: several checkpoints of a run give the curve.
+their mean squared errors: guessing the mean scores 1. Some rows keep the encoder honest: itself
+before training, also without its head (random features), and hand-made field statistics. `With
+products`: the linear probe is given all products of two features, too. The rows go to eval.json
+beside each checkpoint, of ckpt-STEP.pt to eval-STEP.json: several checkpoints give the curve.
 """
 import contextlib
 import io
@@ -45,10 +47,12 @@ from train import MAY_CHANGE, config_of
 LOADED = 2**26                                                 # bytes of windows embedded at once
 PROBES = 'attentive', 'linear', 'knn'
 PUBLISHED_ROW = ', the paper (valid)'                          # ends the name of a published row
-SHARED = 'field statistics', 'predict the mean'                # rows that do not depend on the run
+# rows that do not depend on the run
+PRODUCTS = ', with products'                                   # ends a row of up to 64 features
+SHARED = 'field statistics', f'field statistics{PRODUCTS}', 'predict the mean'
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}       # terms of the log
 TUNED = ('split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize',
-         'fractions', 'probes', 'ridge', 'k', 'metric')        # settings that rows depend on
+         'fractions', 'probes', 'ridge', 'k', 'metric', 'noise')         # what rows depend on
 
 @dataclass
 class Settings:
@@ -66,7 +70,10 @@ class Settings:
     probe: str = option('ours', 'training of the attentive probe: ours or paper', 'probe')
     epochs: int = option(100, 'epochs of the attentive probe', 'probe')
     mlp_ratio: float = option(0.0, "MLP ratio of the attentive probe; 0: the paper's", 'probe')
-    generalize: bool = option(False, 'fewer labels, new values, spoilt fields', 'probe', bare=True)
+    noise: float = option(-1.0, "std of noise on all fields, in units of a channel's; -1: that of "
+                          'training', 'probe')
+    generalize: str = option('', 'also by fewer labels, at new values, of spoilt inputs: some of '
+                             + ','.join(generalize.PARTS), 'probe', ','.join(generalize.PARTS))
     fractions: str = option('runs', 'what --generalize takes a share of: runs or windows', 'probe')
     finetune: str = option('', 'also train end to end: epochs (alone: 5), or paper', 'probe', '5')
     finetune_lr: float = option(1e-5, 'learning rate of the encoder in --finetune', 'probe')
@@ -128,6 +135,12 @@ class Run:
                 for values in self.windows, self.targets:
                     values[name] = values[name][drawn]
 
+    def labels_by_run(self, split):
+        """{label: its values, as in the files, of the runs in order}, as errors are in `by_run`."""
+        runs = np.unique(self.windows[split][:, 0])
+        return {shown: self.splits[split].scalars[name][runs].tolist()
+                for name, shown in zip(self.labels, self.shown)}
+
     def field(self):
         """What the encoder sees of a window, in words."""
         (H, W), (h, w) = self.splits['train'].size, self.state['inputs']['size']
@@ -139,6 +152,14 @@ class Run:
 
     def model(self, device, trained=True):
         return models.model_of(self.state, self.path, device, trained)
+
+    def beginning(self):
+        """What rows of random weights depend on, as text: what these weights make of a window."""
+        windows = self.windows['train'][:1]
+        tokens = self.encode(self.model('cpu', trained=False), noise=0.0)(
+            self.splits['train'].load(windows, frames=FRAMES))
+        return str([self.c.model, self.c.noise, self.c.seed, self.c.label_fraction, self.probe_seed,
+                    self.c.dtype, tokens.tolist()])
 
     def encode(self, model, frozen=True, noise=None):
         """A function: raw windows (B, C, 16, H, W), and seeds of their noise -> tokens (B, N, D).
@@ -239,11 +260,15 @@ def probe_row(run, args, splits, fit, trained):
     """(a row, what --generalize finds or None) of embedded splits. fit: as fit_probes."""
     if args.generalize:
         # a share of the training runs, or of their windows
-        windows = run.windows['train']
-        runs, order = windows[:, 0], run.splits['train'].labelled(1.0, run.c.seed)
+        windows, data, seed = run.windows['train'], run.splits['train'], run.c.seed
+        runs, orders = windows[:, 0], [data.labelled(1.0, seed)]         # as in --supervised
+        if run.c.label_fraction == 1:                          # else no others are known
+            orders += [data.labelled(1.0, (seed, draw)) for draw in range(1, generalize.DRAWS)]
         if args.fractions == 'windows':
-            runs, order = None, np.random.default_rng([run.c.seed, 8]).permutation(len(windows))
-        return generalize.measure(splits, fit, runs, order, args.split, run.path.parent, trained)
+            runs, orders = None, [np.random.default_rng([seed, 8, draw]).permutation(len(windows))
+                                  for draw in range(generalize.DRAWS)]
+        return generalize.measure(splits, fit, args.generalize, runs, orders, args.split,
+                                  run.path.parent, trained)
     few = run.c.label_fraction < 1                             # windows: as many steps all the same
     return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
 
@@ -253,39 +278,64 @@ class Found(NamedTuple):    # by evaluate_row
     chosen: dict = {}       # {title: what its probes chose}
     means: dict = {}        # {split: mean tokens (n, D)}, of the trained encoder
 
+def with_products(splits):
+    """{split: (mean tokens z-scored, and all products of two of them, (n, 1, D + D(D+1)/2), its
+    labels)} of tokens (n, N, D)."""
+    found = {}
+    for name, (x, y) in probe.standardize(splits).items():
+        i, j = torch.triu_indices(x.shape[1], x.shape[1])
+        found[name] = torch.cat([x, x[:, i] * x[:, j]], 1)[:, None], y
+    return found
+
 def evaluate_row(run, args, title):
-    """A Found, on rank 0, of run.name, the trained encoder; 'random init'; or 'field statistics',
-    by the linear probe."""
+    """A Found, on rank 0, of run.name, the trained encoder; 'random init'; 'random features', the
+    same without its head; or 'field statistics', by the last two without the attentive probe."""
     trained, by_hand, noise, protocol = title == run.name, title == 'field statistics', None, {}
+    simple = by_hand or title == 'random features'
     if by_hand and run.system.statistics is None:
         say(f'{title}: none are defined for {run.c.data} (systems/{run.c.data}.py would hold them)')
-    if by_hand and (run.system.statistics is None or 'linear' not in args.probes):
         return Found()
+    if simple and not {'linear', 'knn'} & {*args.probes.split(',')}:
+        return Found()
+
+    # an encoder's head makes few channels of many features
+    model = None if by_hand else run.model(run.device, trained)
+    if title == 'random features':
+        encoder = getattr(models.unwrapped(model.network), 'encoder', None)
+        if not hasattr(encoder, 'head'):
+            return Found()
+        encoder.head = torch.nn.Identity()
     # the paper trains its probe in another way, and some models' probes in ways of their own
     if args.probe == 'paper':
         protocol = probe.PAPER | models.PAPER_PROBE.get((run.c.model, run.c.data), {})
         noise = protocol.pop('noise', None)
+    noisy = f'noise {args.noise:g}' if args.noise > 0 else ''
+    if args.noise >= 0:
+        noise = 0.0
+
     # embed: all ranks; with --generalize also the scored split, spoilt in each way
-    model = None if by_hand else run.model(run.device, trained)
     encode = run.measure if by_hand else run.encode(model, noise=noise)
-    splits = run.embed(encode, title)
-    for how in generalize.INPUTS if args.generalize else ():
+    splits = run.embed(encode, title, noisy)
+    clean = run.embed(encode, title, '', SPLITS[:2]) if noisy else {}
+    for how in generalize.INPUTS if 'inputs' in args.generalize else ():
         splits[how] = run.embed(encode, title, how, (args.split,)).get(args.split)
     if RANK > 0:
         return None
-    # statistics are z-scored and get all pairwise products: (n, 1, S) -> (n, 1, S + S(S+1)/2)
-    if by_hand:
-        mean, std = splits['train'][0].mean(0), splits['train'][0].std(0) + 1e-9
-        i, j = torch.triu_indices(mean.shape[-1], mean.shape[-1])
-        for name, (s, y) in splits.items():
-            s = (s - mean) / std
-            splits[name] = torch.cat([s, s[..., i] * s[..., j]], -1), y
+
     # probe: rank 0
     fit = partial(fit_probes, args=args, title=title, mlp_ratio=run.mlp_ratio, seed=run.probe_seed,
                   device=run.device, chosen=(chosen := {}), **protocol,
-                  only=('linear',) if by_hand else PROBES)
+                  only=PROBES[1:] if simple else PROBES)
     row, carried = probe_row(run, args, splits, fit, trained)
     rows = {title: row}                                        # of the table
+    if noisy:                                                  # a probe that saw no noise
+        scored = clean | {'scored': splits[args.split]}
+        rows[f'{title}, probe of clean fields'] = fit(scored)
+    few = splits['train'][0].shape[2] <= 64
+    if 'linear' in args.probes and few and (trained or by_hand):
+        named = {name: splits[name] for name in run.splits}
+        rows[title + PRODUCTS] = fit_probes(with_products(named), args, title,
+                                                     only=('linear',))
     means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained}
     del splits                                                 # they may be a large file
     # an encoder that was trained with labels has a linear layer of its own
@@ -331,11 +381,12 @@ def evaluate(paths, args):
         say(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, '
             f'{run.state["samples"]:,} windows seen; seeds: {seeds}\n  probed on {counts} windows, '
             f'{run.stride} frames apart: {run.field()}')
-        # the encoder; the same before training, once for all checkpoints of a run
+        # the encoder; the same before training, once for all runs that begin alike
         found = evaluate_row(run, args, run.name)
-        begun = str({k: v for k, v in run.settings.items() if k == 'dtype' or k not in MAY_CHANGE})
+        begun = from_rank_0(run.beginning() if RANK == 0 else '')
         if begun not in untrained:
-            untrained[begun] = evaluate_row(run, args, 'random init')
+            untrained[begun] = [evaluate_row(run, args, f'random {what}')
+                                for what in ('init', 'features')]
         # and what a physicist would measure
         drawn = args.generalize or run.c.label_fraction < 1    # their labels, by the seed
         seen = run.c.resolution, run.c.whole, run.c.label_fraction, drawn and run.c.seed
@@ -344,7 +395,7 @@ def evaluate(paths, args):
         if RANK > 0:
             continue
         # keep it
-        result = result_of(run, args, [found, untrained[begun], statistics[seen]])
+        result = result_of(run, args, [found, *untrained[begun], statistics[seen]])
         results.append(result | {'seconds': time.perf_counter() - started})
         write_text(result_file(run.path), json.dumps(results[-1], indent=1))
         if args.save_embeddings:
@@ -390,6 +441,7 @@ def result_of(run, args, found):
     result = {
         'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name,
         'rows': scores, 'by_run': by_run, 'chosen': chosen,
+        'labels_by_run': run.labels_by_run(args.split),
         'parameters': {'encoder': in_encoder, 'all': in_all,
                        'attentive probe': sum(p.numel() for p in head.parameters())},
         'rank': {'effective': rank, 'of': means.shape[1]},
@@ -467,10 +519,16 @@ def save_embeddings(path, run, means):
     print(f'{path}: the mean tokens of {sum(map(len, run.windows.values()))} windows')
 
 # --- the table
-def interval(by_run, draws=2000):
-    """95% bootstrap interval of the mean of errors (R,): runs, not windows, are drawn anew."""
-    drawn = np.random.default_rng(0).integers(len(by_run), size=(draws, len(by_run)))
-    return np.quantile(np.asarray(by_run)[drawn].mean(1), [0.025, 0.975]).tolist()
+def interval(by_seed, draws=2000):
+    """95% bootstrap interval of a mean of errors: of each seed (R,), by test run.
+    Seeds are drawn anew, then the runs of each; windows never, as those of a run are alike."""
+    rng, sums = np.random.default_rng(0), np.zeros(draws)
+    for drawn in rng.integers(len(by_seed), size=(len(by_seed), draws)):          # one seed each
+        for seed, errors in enumerate(map(np.asarray, by_seed)):
+            here = np.flatnonzero(drawn == seed)
+            runs = rng.integers(len(errors), size=(len(here), len(errors)))
+            sums[here] += errors[runs].mean(1)
+    return np.quantile(sums / len(by_seed), [0.025, 0.975]).tolist()
 
 def names_of(results):
     """The rows of runs in one table: the model; if several are of one, the folder, or the step."""
@@ -485,19 +543,20 @@ def names_of(results):
 
 def merge_rows(results, key='rows'):
     """The rows of several runs' eval.json as one table's. What they share stands once, last."""
-    rows, shared, paper = {}, {}, {}
+    rows, products, shared, paper = {}, {}, {}, {}
     for r, name in zip(results, names_of(results)):
         for title, row in r[key].items():
             same = all(other[key].get(title) == row for other in results)
             if title.endswith(PUBLISHED_ROW):
                 paper[title] = row
             elif title.startswith(r['row']):
-                rows[name + title[len(r['row']):]] = row
+                of_model = products if title.endswith(PRODUCTS) else rows
+                of_model[name + title[len(r['row']):]] = row
             elif same:                                         # also random init of one run
                 shared[title] = row
             else:
                 rows[f'{name}, {title}'] = row
-    return rows | shared | paper
+    return rows | products | shared | paper
 
 def repeats(results):
     """{name: the runs that differ in nothing but their seeds}; in order, alone if nothing else."""
@@ -549,7 +608,7 @@ def print_table(results):
           f'{first.get("unit", "runs")}\n')
     for name, row in by_run.items():
         if name != 'predict the mean':                         # whose error is 1
-            cells = ['[{:.3f}, {:.3f}]'.format(*interval(row[p])) if p in row else '-'
+            cells = ['[{:.3f}, {:.3f}]'.format(*interval([row[p]])) if p in row else '-'
                      for p in probes]
             print(f'{name:{width}}' + '   '.join(f'{c:>{each * len(columns)}}' for c in cells))
     print('\n'.join(['', *caveats(results)]))
@@ -597,7 +656,12 @@ def main(argv=None):
     # flags that will not do
     at_least(args, 1, 'batch', 'epochs')
     at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr', 'ridge', 'k')
-    at_least(args, -1, 'seed')
+    at_least(args, -1, 'seed', 'noise')
+    if not set(args.generalize.split(',')) <= {*generalize.PARTS, ''}:
+        raise ValueError(f'--generalize is some of {",".join(generalize.PARTS)}, not '
+                         f'{args.generalize!r}')
+    if args.noise >= 0 and 'inputs' in args.generalize:
+        raise ValueError('--noise and --generalize inputs both spoil fields: choose one')
     for name, *choices in (('split', 'valid', 'test'), ('probe', 'ours', 'paper'),
                            ('fractions', 'runs', 'windows'), ('metric', *probe.METRICS, 'valid')):
         if getattr(args, name) not in choices:

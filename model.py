@@ -294,9 +294,11 @@ def load_checkpoint(path):
     return state
 
 def restore(model, state, path):
-    """Load a checkpoint's weights into a Model; ValueError if they belong to another one."""
-    check_state(model.network.state_dict(), state['model'], path)
-    model.network.load_state_dict(state['model'])
+    """Load a checkpoint's weights into a Model; ValueError if they belong to another one.
+    What is trained with labels may start from a run without: only its linear layer is new."""
+    network = model.network if state['config'].get('supervised') else unwrapped(model.network)
+    check_state(network.state_dict(), state['model'], path)
+    network.load_state_dict(state['model'])
 
 def load_run(path, device='auto', trained=True):
     """The Model of a run (folder or checkpoint), or as initialised; ValueError if there is none."""

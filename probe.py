@@ -136,9 +136,11 @@ def attentive(splits, mlp_ratio=0.0, epochs=100, batch=BATCH, lr=1e-3,
     return estimate(scored).cpu(), sum(p.numel() for p in probe.parameters())
 
 def standardize(splits):
-    """Mean over tokens, then z-scored by train: {name: (features (n, D) float64, labels)}."""
+    """Mean over tokens, then z-scored: {name: (features (n, D) float64, labels)}. By train, or by
+    'unlabelled', training windows whose labels a probe does not know: it may see their tokens."""
     features = {name: mean_tokens(x) for name, (x, _) in splits.items()}
-    mean, std = features['train'].mean(0), features['train'].std(0) + 1e-9
+    seen = features['unlabelled' if 'unlabelled' in features else 'train']
+    mean, std = seen.mean(0), seen.std(0) + 1e-9
     return {name: ((x - mean) / std, splits[name][1].double()) for name, x in features.items()}
 
 def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test', ridge=0.0):
@@ -148,16 +150,17 @@ def linear(splits, strengths=tuple(10.0**p for p in range(-8, 5)), scored='test'
     strengths: of the penalty per row, to choose from.
     """
     splits = standardize(splits)
-    # the weights for each strength; b is the mean label, for each feature has mean zero
+    # the weights for each strength; b is the mean label, as centred features have mean zero
     x, y = splits['train']
-    gram, moment, b = x.T @ x / len(x), x.T @ y / len(x), y.mean(0)
+    centre, b = x.mean(0), y.mean(0)
+    gram, moment = (x - centre).T @ (x - centre) / len(x), (x - centre).T @ y / len(x)
     eye = torch.eye(len(gram), dtype=gram.dtype)
     weights = {r: torch.linalg.solve(gram + r / len(x) * eye, moment)
                for r in ([ridge] if ridge else [s * len(x) for s in strengths])}
     # the best on valid
     x, y = splits['valid']
-    best = min(weights, key=lambda r: (x @ weights[r] + b - y).pow(2).mean())
-    return splits[scored][0] @ weights[best] + b, {'ridge': best}
+    best = min(weights, key=lambda r: ((x - centre) @ weights[r] + b - y).pow(2).mean())
+    return (splits[scored][0] - centre) @ weights[best] + b, {'ridge': best}
 
 def knn(splits, ks=KS, scored='test', metrics=METRICS[:1]):
     """(mean labels (n, L) of the k training windows with the nearest mean tokens, {'k', 'metric'}).

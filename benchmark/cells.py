@@ -8,11 +8,11 @@ All runs of all tables, with several seeds. It ends in the tables.
     python -m benchmark.cells active_matter-mpp-nano-seed0
     python -m benchmark.cells --preset paper --data-dir B   # the paper's sizes, The Well's files
 
-Parts: paper-tables, fewer-labels; of nano also longest, latents-or-pixels. A cell SYSTEM-ROW-seedN
-is one training with one seed, and its errors on test. simulate.py (each seed has its own data),
-train.py and eval.py make it in rows/CELL, and go on where they were interrupted. The result goes to
-results/cells/CELL.json; with today's settings it is not made again. Each of --jobs has one CPU core
-(or OMP_NUM_THREADS). After a change of code, delete rows/ and results/cells/.
+Parts: paper-tables, fewer-labels; of nano also experiment, other-ways, few-or-tuned, noise. A cell
+SYSTEM-ROW-seedN is one training with one seed, and its errors on test. simulate.py (each seed has
+its own data), train.py and eval.py make it in rows/CELL, and go on where they were interrupted. The
+result goes to results/cells/CELL.json; with today's settings it is not made again. Each of --jobs
+has one CPU core (or OMP_NUM_THREADS). After a change of code, delete rows/ and results/cells/.
 """
 import json
 import os
@@ -36,20 +36,21 @@ from data import find_dataset
 from systems import system_names
 
 ROWS = {                                    # after SYSTEM-: flags of train.py
-    'jepa-nano': '--model jepa', 'jepa-nano-supervised': '--model jepa --supervised',
-    # a third of nano's windows, 25,600
+    # the experiment: what is predicted, and how a constant is prevented; 76,800 windows each
+    'jepa-nano': '--model jepa', 'jepa-nano-next': '--model jepa --views paired',
+    'jepa-nano-infonce': '--model jepa --loss infonce',
+    'jepa-nano-next-infonce': '--model jepa --loss infonce --views paired',
+    'pixels-nano': '--model pixels', 'jepa-nano-supervised': '--model jepa --supervised',
+    # a third of them, 25,600
     'jepa-nano-vicreg': '--model jepa --steps 800',
     'videomae-nano': '--model videomae --steps 800',
     'mpp-nano': '--model mpp --steps 1600 --lr 1e-2',
     'disco-nano': '--model disco --steps 1600',
     'jepa-nano-short-supervised': '--model jepa --steps 800 --supervised',
-    # as many: what is predicted, and how a constant is prevented
-    'jepa-nano-paired': '--model jepa --steps 800 --views paired',
-    'pixels-nano': '--model pixels --steps 800',
+    # as many: other ways
     'jepa-nano-sigreg': '--model jepa --steps 800 --loss sigreg --standardize false '
                         '--sigreg-coeff 0.05',
     'jepa-nano-ema': '--model jepa --steps 800 --target ema --cov-coeff 0',
-    'jepa-nano-infonce': '--model jepa --steps 800 --loss infonce --temperature 0.2',
     'vjepa-nano-supervised': '--model vjepa --steps 3200 --supervised',
     # `paper` trains MPP and DISCO from nothing: for published weights, add --init FILE --steps 0
     'jepa-paper-supervised': '--model jepa --preset paper --supervised',
@@ -63,20 +64,39 @@ for preset, length in ('nano', 'steps 800'), ('paper', 'preset paper'):
     for row, share in report.FEWER[preset].items():
         ROWS[row] = f'--model jepa --{length} --supervised --label-fraction {share}'
 
+for share in 10, 20, 50:                    # with few labels: from scratch; from one without labels
+    few = f'--model jepa --supervised --label-fraction {share / 100}'
+    ROWS |= {f'jepa-nano-supervised-{share}': few,
+             f'jepa-nano-tuned-{share}': f'{few} --steps 800 --lr 1e-3'}
+ROWS |= {'jepa-nano-noise': '--model jepa --noise 0.3',
+         'jepa-nano-infonce-noise': '--model jepa --loss infonce --noise 0.3'}
+STARTS_FROM = {f'jepa-nano-tuned-{share}': 'jepa-nano-infonce' for share in (10, 20, 50)}
+SCORED_AGAIN = {                            # the run of another row, scored in another way
+    'jepa-nano-at-noise': 'jepa-nano', 'jepa-nano-infonce-at-noise': 'jepa-nano-infonce'}
+ROWS |= {row: ROWS[trained] for row, trained in SCORED_AGAIN.items()}
+
 SCORED = {                                  # flags of eval.py, where there are any
     'mpp-nano': '--finetune 5 --finetune-lr 1e-3', 'mpp-paper': '--finetune paper',
     'jepa-smoke': '--epochs 5', 'videomae-smoke': '--epochs 5', 'disco-smoke': '--epochs 5',
     'mpp-smoke': '--epochs 5 --finetune 1',
     **dict.fromkeys(('jepa-nano-vicreg', 'videomae-nano', 'jepa-nano-short-supervised',
-                     'jepa-paper', 'videomae-paper', 'jepa-paper-supervised'), '--generalize')}
+                     'jepa-paper', 'videomae-paper', 'jepa-paper-supervised'), '--generalize'),
+    **dict.fromkeys(('jepa-nano', 'jepa-nano-next', 'jepa-nano-infonce', 'jepa-nano-next-infonce',
+                     'pixels-nano', 'jepa-nano-supervised'), '--generalize labels'),
+    **dict.fromkeys(('jepa-nano-noise', 'jepa-nano-infonce-noise', *SCORED_AGAIN), '--noise 0.3')}
 
 def everywhere(rows):
     return [f'{system}-{row}' for system in system_names() for row in rows]
 
 GROUPS = {preset: {'paper-tables': everywhere(report.PAPER_TABLES[preset]),      # {part: its rows}
                    'fewer-labels': everywhere(report.FEWER[preset])} for preset in report.FEWER}
-GROUPS['nano'] |= {'longest': everywhere(['jepa-nano', 'jepa-nano-supervised']),
-                   'latents-or-pixels': report.EXPERIMENT}
+TWO = 'active_matter', 'shear_flow'
+GROUPS['nano'] |= {
+    'experiment': report.EXPERIMENT, 'other-ways': report.OTHER_WAYS,
+    'few-or-tuned': [f'{s}-jepa-nano-{start}-{share}' for s in TWO for share in (10, 20, 50)
+                        for start in ('supervised', 'tuned')],
+    'noise': [f'{s}-{row}{how}' for s in TWO for row in ('jepa-nano', 'jepa-nano-infonce')
+              for how in ('-at-noise', '-noise')]}
 ONE_AT_A_TIME = threading.Lock()            # PyTorch's generator and its counter of FLOP are global
 
 @dataclass
@@ -104,13 +124,17 @@ def find_cell(name, args):
     preset = next((p for p in ('paper', 'smoke') if p in row.split('-')), 'nano')
     data = {'nano': f'data/seed{seed}', 'smoke': f'data/seed{seed}-smoke',
             'paper': str(data_folder(args.data_dir))}[preset]
-    run, seeded, folder = Path('rows', name), ['--seed', seed], ['--data-dir', data]
+    run = Path('rows', f'{system}-{SCORED_AGAIN.get(row, row)}-seed{seed}')
+    seeded, folder, start, init = ['--seed', seed], ['--data-dir', data], None, []
+    if row in STARTS_FROM:
+        start = find_cell(f'{system}-{STARTS_FROM[row]}-seed{seed}', args)
+        init = ['--init', str(start.run)]
 
     return SimpleNamespace(
-        name=name, system=system, seed=int(seed), preset=preset, data=data, run=run,
+        name=name, system=system, seed=int(seed), preset=preset, data=data, run=run, start=start,
         result=Path(args.results, f'{name}.json'),
         simulate=['simulate.py', system, '--preset', preset, *seeded, *folder],
-        train=['train.py', '--data', system, *ROWS[row].split(), *seeded, *folder,
+        train=['train.py', '--data', system, *ROWS[row].split(), *init, *seeded, *folder,
                '--out', str(run)],
         evaluate=['eval.py', str(run), '--split', 'test', *SCORED.get(row, '').split(), *folder])
 
@@ -192,14 +216,23 @@ def make(cell, log, stop):
             where = f': {log.name} says why' if log else ''
             raise ValueError(f'python {" ".join(command)} failed{where}')
 
-    lock = cell.run.with_name(f'{cell.name}.lock')
-    lock.touch()
-    with alone_in(lock):                                                 # nobody else makes it
+    def train_it(cell):
         if differs := progress(cell)[2]:
             raise ValueError(f'{cell.run} is a run of other settings ({differs}): delete it')
         if cell.preset != 'paper':
             execute(cell.simulate)
         execute(cell.train)
+
+    def nobody_else(cell):
+        lock = cell.run.with_name(f'{cell.run.name}.lock')
+        lock.touch()
+        return alone_in(lock)
+
+    with nobody_else(cell):
+        if cell.start:                                                   # the encoder it begins with
+            with nobody_else(cell.start):
+                train_it(cell.start)
+        train_it(cell)
 
         # score, unless that was done since, in the same way
         table, result = cell.run / 'eval.json', {}
@@ -258,10 +291,11 @@ def tables_of(names, preset, results):
             tables += [report.labels_table(results, system, preset),
                        report.carried_table(results, system, preset)]
 
-    if 'latents-or-pixels' in asked:
-        tables.append(report.side_by_side(results))
-    rows = [row for name in asked if name == 'longest' or name not in groups
-            for row in groups.get(name, [name])]
+    for part in [part for part in ('experiment', 'other-ways') if part in asked]:
+        tables.append(report.side_by_side(results, groups[part]))
+        tables += [report.compare(results)] if part == 'experiment' else []
+    apart = 'paper-tables', 'fewer-labels', 'experiment', 'other-ways'
+    rows = [row for name in asked if name not in apart for row in groups.get(name, [name])]
     tables += [report.summary(results, [row]) for row in rows if report.seeds_of(results, row)]
     return '\n\n'.join(tables)
 

@@ -51,7 +51,7 @@ def draw_targets(args, cells):
     """
     found = read_records(cells, EXPERIMENT)
     if not found:
-        raise ValueError('no results: python -m benchmark.cells latents-or-pixels')
+        raise ValueError('no results: python -m benchmark.cells experiment')
     figure = canvas(12, 5)
     *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.2])
     titles = [t for t in dict.fromkeys(title for records in found.values() for title in records)

@@ -1,15 +1,15 @@
 """
-How far does an embedding carry?  python eval.py out/... --split test --generalize
+How far does an embedding carry?  python eval.py out/... --split test --generalize [PARTS]
 
     labels    probes fitted to 1, 2, 5, .. 100% of the training runs, or of their windows, as the
-              paper does (`--fractions windows`)
+              paper does (`--fractions windows`); the mean of several draws of them
     values    probes fitted without some values of a parameter, and scored on these: every second
               one (`between`), or the smallest and the largest (`outside`)
     inputs    probes fitted to clean fields, scored on noisy ones, in units of a channel's std, and
               on fields at half resolution
 
-Probes choose on valid, without the held-out values. The attentive one is fitted to the trained
-encoder alone, and not for `values`.
+Probes choose on valid, without the held-out values. The attentive one is fitted for `inputs` alone,
+and to the trained encoder.
 """
 import math
 
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 import probe
 
 FRACTIONS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5             # of the labels; 1 is measured anyway
+PARTS = 'labels', 'values', 'inputs'
 INPUTS = 'noise 0.1', 'noise 0.3', 'noise 1', 'half resolution'
 STEPS = 300                                             # at least, of the attentive probe
+DRAWS = 6                                               # of the runs, or windows, with labels
 
 def spoilt(x, how, std, seeds):
     """Raw windows (B, C, T, H, W), spoilt as one of INPUTS, or as they are if `how` is ''.
@@ -58,42 +60,49 @@ def epochs_for(windows):
     """Epochs of the attentive probe on so many training windows: at least STEPS steps."""
     return math.ceil(STEPS / math.ceil(windows / probe.BATCH))
 
-def measure(sets, fit, runs, order, scored, folder, trained):
-    """({probe: estimates (n, L) of the scored split}, what eval.json says of `generalization`).
+def measure(sets, fit, parts, runs, orders, scored, folder, trained):
+    """({probe: estimates (n, L) of the scored split}, {one of `parts`: what eval.json says of it}).
 
     sets: {a split, or one of INPUTS: (tokens, labels)}. fit(splits, attentive, epochs) estimates
     splits['scored']: {probe: (n, L)}. trained: else the attentive probe is fitted once.
     """
     clean = {'train': sets['train'], 'valid': sets['valid'], 'scored': sets[scored]}
-    y = sets[scored][1]                                                  # (n, L)
+    y, inputs = sets[scored][1], [how for how in INPUTS if how in sets]  # (n, L)
 
     # the probes are fitted once for clean and spoilt fields
-    tokens = gather([sets[name][0] for name in (scored, *INPUTS)], torch.arange(len(y)), folder)
-    splits = clean | {'scored': (tokens, y.repeat(1 + len(INPUTS), 1))}
+    tokens = gather([sets[name][0] for name in (scored, *inputs)], torch.arange(len(y)), folder)
+    splits = clean | {'scored': (tokens, y.repeat(1 + len(inputs), 1))}
     by_input = {p: e.split(len(y)) for p, e in fit(splits, attentive=True).items()}
     estimates = {p: e[0] for p, e in by_input.items()}
 
     errors = [mean_errors({p: e[i] for p, e in by_input.items() if trained or p != 'attentive'}, y)
-              for i in range(1 + len(INPUTS))]
-    labels = with_fewer_labels(clean, fit, order, runs, folder, trained) | {'1': errors[0]}
-    return estimates, {'labels': labels, 'values': at_unseen_values(clean, fit, estimates, folder),
-                       'inputs': dict(zip(INPUTS, errors[1:]))}
+              for i in range(1 + len(inputs))]
+    found = {'inputs': dict(zip(inputs, errors[1:]))} if inputs else {}
+    if 'labels' in parts:
+        found['labels'] = with_fewer_labels(clean, fit, orders, runs, folder) | {'1': errors[0]}
+    if 'values' in parts:
+        found['values'] = at_unseen_values(clean, fit, estimates, folder)
+    return estimates, found
 
-def with_fewer_labels(clean, fit, order, runs, folder, trained):
-    """{fraction: {probe: error}} of probes fitted to a part of the training windows.
+def with_fewer_labels(clean, fit, orders, runs, folder):
+    """{fraction: {probe: error}} of probes fitted to a part of the training windows: over draws.
 
-    order: numbers of runs; the first are taken with all their windows. runs: (n,), the run of each
-    training window; None if `order` is of windows.
+    orders: for each draw, numbers of runs; the first are taken with all their windows. runs: (n,),
+    the run of each training window; None if the orders are of windows.
     """
     errors, (tokens, labels) = {}, clean['train']
     runs = np.arange(len(labels)) if runs is None else runs
     for fraction in FRACTIONS:
-        taken = order[:max(1, round(fraction * len(order)))]
-        index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)))
+        found = []
+        for order in orders:
+            taken = order[:max(1, round(fraction * len(order)))]
+            index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)))
 
-        splits = clean | {'train': (gather([tokens], index, folder), labels[index])}
-        estimates = fit(splits, attentive=trained, epochs=epochs_for(len(index)))
-        errors[f'{fraction:g}'] = mean_errors(estimates, clean['scored'][1])
+            # the other windows have tokens all the same
+            splits = clean | {'train': (gather([tokens], index, folder), labels[index]),
+                              'unlabelled': clean['train']}
+            found.append(mean_errors(fit(splits, attentive=False), clean['scored'][1]))
+        errors[f'{fraction:g}'] = {p: np.mean([e[p] for e in found]) for p in found[0]}
     return errors
 
 def at_unseen_values(clean, fit, estimates, folder):
@@ -126,22 +135,24 @@ def number(error):
 def print_carried(result):
     """Print what eval.json says of `generalization`: a line for each encoder and probe."""
     found = result['generalization']
-    values = dict.fromkeys(how for carried in found.values() for how in carried['values'])
-    columns = [f'{share:.0%}' for share in (*FRACTIONS, 1)] + [f'{v} (seen)' for v in values]
-    widths = [max(8, 2 + len(column)) for column in (*columns, *INPUTS)]
+    parts = {part: dict.fromkeys(how for carried in found.values() for how in carried.get(part, ()))
+             for part in PARTS}
     print(f'\n{result["row"]}: means over parameters, by the share of training '
           f'{result["probe"]["fractions"]} with labels; at values unseen by the probe (seen); on '
           f'spoilt fields\n')
 
-    rows = {'': [*columns, *INPUTS]}
+    rows = {'': [*(f'{float(share):.0%}' for share in parts['labels']),
+                 *(f'{value} (seen)' for value in parts['values']), *parts['inputs']]}
     for title, carried in found.items():
-        for p in carried['labels']['1']:
-            pairs = [carried['values'].get(how, {}).get(p) for how in values]
-            rows[f'{title}, {p}'] = [
-                *(number(errors[p]) for errors in carried['labels'].values()),
-                *('{} ({})'.format(*map(number, pair)) if pair else '-' for pair in pairs),
-                *(number(errors[p]) for errors in carried['inputs'].values())]
+        probes = [p for part in carried.values() for errors in part.values() for p in errors]
+        for p in dict.fromkeys(probes):
+            texts = rows[f'{title}, {p}'] = []
+            for part, hows in parts.items():
+                errors = [carried.get(part, {}).get(how, {}).get(p) for how in hows]
+                texts += ['-' if e is None else '{} ({})'.format(*map(number, e))
+                          if part == 'values' else number(e) for e in errors]
 
+    widths = [max(8, 2 + len(column)) for column in rows['']]
     for title, row in rows.items():
         print(f'{title:{max(map(len, rows)) + 2}}', end='')
         print(*(f'{cell:>{width}}' for cell, width in zip(row, widths)), sep='')

@@ -7,12 +7,17 @@ Tables over seeds, in Markdown: those of README.md, docs/notebook.md and results
 A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. The words:
 
     NAME NAME                      rows of the benchmark; after `parameters`, with each parameter
+    runs LABEL=VALUE NAME NAME     means and medians of test runs; of those with this value, apart
     table-1, summary-table PROBE   models by systems, beside the paper's numbers; the same in short
-    cost, latents-or-pixels        what these models cost; another experiment, by systems
+    cost                           what these models cost
+    experiment, other-ways         what is predicted and by which loss; more ways, in less detail
+    compare                        rows of the experiment, two by two
     labels SYSTEM, carried SYSTEM  by the share of labels; at unseen parameters, on spoilt fields
 
 A number is the mean over seeds ± its standard deviation. `~`: training did not clearly help. The
 gain over the same encoder's random weights is less than two standard deviations of that gain.
+Brackets: 95% intervals, as eval.interval draws them; of a difference, the same seeds and runs of
+both rows are drawn.
 """
 import json
 import re
@@ -39,10 +44,21 @@ PAPER_TABLES = {                            # rows of table 1, of each preset
 FEWER = {                                   # encoders that learn from a share of the labels
     'nano': {f'jepa-nano-short-supervised-{n}': n / 100 for n in (1, 2, 5, 10, 20, 50)},
     'paper': {f'jepa-paper-supervised-{n}': n / 100 for n in (10, 50)}, 'smoke': {}}
-EXPERIMENT = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in (
-    'jepa-nano-paired', 'pixels-nano', 'jepa-nano-vicreg', 'jepa-nano-sigreg', 'jepa-nano-ema',
-    'jepa-nano-infonce', 'jepa-nano-short-supervised', 'vjepa-nano-block', 'vjepa-nano-random',
-    'vjepa-nano-temporal', 'videomae-nano', 'vjepa-nano-supervised')]
+EXPERIMENT = [f'{system}-{row}' for system in system_names() for row in (
+    'pixels-nano', 'jepa-nano-next', 'jepa-nano-next-infonce', 'jepa-nano', 'jepa-nano-infonce',
+    'jepa-nano-supervised')]
+OTHER_WAYS = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in (
+    'jepa-nano-vicreg', 'jepa-nano-sigreg', 'jepa-nano-ema', 'jepa-nano-short-supervised',
+    'vjepa-nano-block', 'vjepa-nano-random', 'vjepa-nano-temporal', 'videomae-nano',
+    'vjepa-nano-supervised')]
+COMPARED = (                                # two rows, and the one thing in which they differ
+    ('jepa-nano-next', 'pixels-nano', 'target: embeddings, pixels'),
+    ('jepa-nano-next-infonce', 'pixels-nano', 'target: embeddings (InfoNCE), pixels'),
+    ('jepa-nano-next-infonce', 'jepa-nano-next', 'loss: InfoNCE, VICReg (next 16)'),
+    ('jepa-nano-infonce', 'jepa-nano', 'loss: InfoNCE, VICReg (other 16)'),
+    ('jepa-nano', 'jepa-nano-next', 'view: other 16, next 16 (VICReg)'),
+    ('jepa-nano-infonce', 'jepa-nano-next-infonce', 'view: other 16, next 16 (InfoNCE)'),
+    ('jepa-nano-infonce', 'jepa-nano-supervised', 'labels: none, all'))
 
 @dataclass
 class Settings:
@@ -99,6 +115,7 @@ def check_alike(cell, result, seen):
               if k in ('probe', 'epochs', 'mlp_ratio', 'fractions', 'ridge', 'k', 'metric')}
     table['field'] = result['field'].partition(',')[0]                   # in tiles or not
     row = result['run']['settings'] | {k: probe.get(k) for k in ('finetune', 'finetune_lr')}
+    row['on noise'] = probe.get('noise', -1.0)
     row = {k: v for k, v in row.items() if k not in free}
 
     for name, settings in {cell.partition('-')[0]: table, cell.rpartition('-')[0]: row}.items():
@@ -112,25 +129,26 @@ def add_records(records, cell, result, own):
 
     Raises ValueError if other errors, or those of another training, have the same place.
     """
-    floor = result['row'].partition(',')[0] + ': random init'
+    model, floors = result['row'].partition(',')[0], ('random init', 'random features')
     for encoder, by_run in result['by_run'].items():
         rows = result['rows'][encoder]
         errors = {c: {p: rows[p][c] for p in rows} for c in (*result['labels'], 'mean')}
         new, seeds = {'by_run': by_run, 'error': errors}, tuple(result['seeds'].values())
 
         # statistics belong to the data; variants of a model begin with the same weights
-        title, begun = f'{own}: {encoder}', records.get(floor, {}).get(seeds, new)
+        title, floor = f'{own}: {encoder}', f'{model}: {encoder}'
+        begun = records.get(floor, {}).get(seeds, new)
         if encoder.startswith(result['row']):
             title = own + encoder.removeprefix(result['row'])
         elif encoder in SHARED:
             title, seeds = encoder, (result['seeds']['data'],)
-        elif encoder == 'random init' and begun | new == begun:
+        elif encoder in floors and begun | new == begun:
             title = floor
 
         # these stand in a table once, and all cells must agree
         if encoder != 'predict the mean':
             record = records.setdefault(title, {}).setdefault(seeds, new)
-            alone = encoder not in (*SHARED, 'random init')              # one training, one place
+            alone = encoder not in (*SHARED, *floors)                    # one training, one place
             if record | new != record or alone and record is not new:
                 raise ValueError(f'{cell}.json: there is another result of {title} with these '
                                  f'seeds, perhaps of other data')
@@ -181,7 +199,8 @@ def markdown(table):
     lines = [f'| {" | ".join(texts)} |' for texts in (table, *zip(*table.values()))]
     return '\n'.join([lines[0], '|---' * len(table) + '|', *lines[1:]])
 
-def order_titles(titles, marks=(', fine-tuned', 'supervised', 'random init', 'field statistics')):
+def order_titles(titles, marks=(', fine-tuned', 'supervised', ', with products', 'random init',
+                                'random features', 'field statistics')):
     """Each title once: first those without a mark, then by the last of the marks in them."""
     def place(title):
         return max((i + 1 for i, mark in enumerate(marks) if mark in title), default=0)
@@ -205,16 +224,64 @@ def summary(cells, names):
         texts = [show_error(records, title, p, column) for title in records]
         for i, own in enumerate(records.values()):
             if column == 'mean' and texts[i] != '-':
-                errors = sum((one['by_run'][p] for one in own.values()), [])         # of all seeds
+                errors = [one['by_run'][p] for one in own.values()]      # of each seed
                 texts[i] += ' [{:.3f}, {:.3f}]'.format(*interval(errors))
         table[p if columns == ['mean'] else f'{p}: {column}'] = texts
     return markdown(table)
 
-def side_by_side(cells):
+def by_runs(cells, value, names):
+    """Of each row and probe: the mean, and the median of the test runs; means of the runs with a
+    value of a label, 'alpha=-1', and of the others. Each is a mean over seeds, with its spread."""
+    records, = read_records(cells, names).values()
+    label, _, number_of = value.partition('=')
+    first = next(r for title in records for r in results_of(records, title))
+    apart = np.isclose(first['labels_by_run'][label], float(number_of))  # (R,)
+    columns = {'mean': np.mean, 'median': np.median,
+               f'{label} {number_of}': lambda e: e[apart].mean(),
+               'others': lambda e: e[~apart].mean()}
+
+    table = {first['system']: list(records)}
+    for p, (name, take) in product(PROBES, columns.items()):
+        table[f'{p}: {name}'] = texts = []
+        for own in records.values():
+            errors = [np.array(one['by_run'][p]) for one in own.values() if p in one['by_run']]
+            texts.append(show([take(e) for e in errors]))
+    return markdown(table)
+
+def compare(cells):
+    """Differences of errors, first minus second, of rows of the experiment: the mean over seeds
+    and its interval, `~` if zero is in it. By run: both rows have the same runs."""
+    table = {'first, second': [f'{first}, {second}' for first, second, _ in COMPARED],
+             'differ in': [what for *_, what in COMPARED]}
+    for system, p in product(system_names(), PROBES):
+        texts = []
+        for first, second, _ in COMPARED:
+            one, other = (errors_by_run(cells, f'{system}-{row}', p) for row in (first, second))
+            both = sorted(one.keys() & other.keys())                     # seeds
+            texts.append(show_gap([one[seed] - other[seed] for seed in both]))
+        if any(text != '-' for text in texts):
+            table[f'{system}: {p}'] = texts
+    return markdown(table)
+
+def errors_by_run(cells, name, probe):
+    """{seed: errors of the test runs (R,)} of the trained encoder of a row SYSTEM-ROW."""
+    results = seeds_of(cells, name).values()
+    return {r['seeds']['training']: np.array(r['by_run'][r['row']][probe]) for r in results}
+
+def show_gap(gaps):
+    """The mean of differences by run, of each seed (R,), and its interval."""
+    if not gaps:
+        return '-'
+    low, high = interval(gaps)
+    mark = ' ~' if low <= 0 <= high else ''
+    return f'{np.mean([np.mean(gap) for gap in gaps]):+.3f} [{low:+.3f}, {high:+.3f}]{mark}'
+
+def side_by_side(cells, rows):
     """What was predicted, by system. Effective rank: of how many channels of the mean tokens."""
-    found, titles = read_records(cells, EXPERIMENT), {}
+    found, titles = read_records(cells, rows), {}
     for title in order_titles([title for records in found.values() for title in records],
-                              ('random init', 'supervised', 'field statistics')):
+                              ('supervised', ', with products', 'random init', 'random features',
+                               'field statistics')):
         # encoders of two models may begin with the same weights
         errors = [errors_of(records, title, p) for records in found.values() for p in PROBES]
         titles.setdefault(str(errors), title)
@@ -343,7 +410,11 @@ def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
-              ('carried', 1): carried_table, ('latents-or-pixels', 0): side_by_side}
+              ('carried', 1): carried_table, ('compare', 0): compare}
+    if kind in ('experiment', 'other-ways'):
+        return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS)
+    if kind == 'runs':
+        return by_runs(cells, rest[0], rest[1:])
     if kind == 'summary-table' and rest:
         return table_one(cells, short=rest[0])
     table = tables.get((kind, len(rest)))

@@ -123,9 +123,9 @@ WHOLE = ['simulate.py', 'train.py', 'eval.py']
 @pytest.mark.parametrize('names, heads', [
     ([f'{ROW}-seed0', TUNED], ['shear_flow | seeds', 'active_matter | seeds']),
     (['fewer-labels'], [' | active_matter: the paper', ' | parameters of the encoder']),
-    (['latents-or-pixels', ROW], [' | active_matter: attentive', 'shear_flow | seeds']),
-    ([], [' | active_matter: the paper', ' | parameters of the encoder', ' | active_matter: attentive',
-          *(f'{system} | seeds' for system in system_names() for _ in range(2))])])
+    (['experiment', TUNED], [' | active_matter: attentive', 'first, second', 'active_matter | seeds']),
+    ([], [' | active_matter: the paper', ' | parameters of the encoder', ' | active_matter: attentive', 'first, second',
+          ' | active_matter: attentive'])])
 def test_it_ends_in_the_tables_that_were_asked_for(ran, monkeypatch, capsys, names, heads):
     monkeypatch.setattr(report, 'labels_table', lambda *_: '')
     monkeypatch.setattr(report, 'carried_table', lambda *_: '')
@@ -146,7 +146,7 @@ def test_a_row_is_made_seed_by_seed(ran):
         ('simulate.py', ['shear_flow', '--preset', 'nano', '--seed', k, '--data-dir', f'data/seed{k}']),
         ('train.py', ['--data', 'shear_flow', '--model', 'jepa', '--supervised', '--seed', k, '--data-dir',
                       f'data/seed{k}', '--out', f'rows/{ROW}-seed{k}']),
-        ('eval.py', [f'rows/{ROW}-seed{k}', '--split', 'test', '--data-dir', f'data/seed{k}']))]
+        ('eval.py', [f'rows/{ROW}-seed{k}', '--split', 'test', '--generalize', 'labels', '--data-dir', f'data/seed{k}']))]
     for k in 0, 1:
         made = json.loads(Path(f'results/cells/{ROW}-seed{k}.json').read_text())
         assert made['seeds']['data'] == k and made['cost'] == {'gflop_per_window': 0.5}              # of a micro-batch
@@ -286,14 +286,14 @@ def test_what_was_not_asked_of_an_old_cell(ran, capsys):
     old = json.loads(kept.read_text())
     del old['generalization'], old['probe']['generalize'], old['probe']['fractions']
     kept.write_text(json.dumps(old))
-    assert what_is_missing(cell_of(name)) == ('training', 'stale: generalize False, now True')
+    assert what_is_missing(cell_of(name)) == ('training', 'stale: generalize , now labels,values,inputs')
     put_run(name, step=9)
     assert what_is_missing(cell_of(name)) == (
-        'training', 'stale: generalize False, now True; trained to step 9 of 800')
+        'training', 'stale: generalize , now labels,values,inputs; trained to step 9 of 800')
     put_run(name)
     (Path(f'rows/{name}') / 'eval.json').write_text(json.dumps(old))
     benchmark.main([row, '--seeds', '1', '--jobs', '1'])
-    assert 'scoring (stale: generalize False, now True; ' in capsys.readouterr().out
+    assert 'scoring (stale: generalize , now labels,values,inputs; ' in capsys.readouterr().out
     assert ran.scripts() == WHOLE and 'generalization' in json.loads(kept.read_text())
 
 
@@ -320,7 +320,7 @@ def test_a_dry_run_makes_nothing_and_counts(ran, capsys):
 def test_what_a_cpu_made_is_not_stale_where_there_is_a_gpu(ran, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
-    file = HERE / 'results' / 'cells' / 'active_matter-jepa-nano-seed0.json'
+    file = HERE / 'results' / 'cells' / 'active_matter-jepa-nano-sigreg-seed0.json'
     assert why_stale(cell_of(file.stem), json.loads(file.read_text())) == ('', '')
 
 

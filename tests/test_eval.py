@@ -13,7 +13,7 @@ import eval as evaluation
 import model as models
 import probe
 import simulate
-from helpers import HERE, MODELS, TINY, command, files_of, linked, run
+from helpers import HERE, MODELS, NANO, TINY, command, files_of, linked, run
 from model import load_checkpoint
 from systems import find_system
 from train import main as train
@@ -255,7 +255,7 @@ def evaluated(folder, script, *flags):
     """All that is said and written of out/a, but for the time it took."""
     said = run(script, 'out/a', *flags, *QUICK, '--save-embeddings', 'kept.npz', cwd=folder).stdout
     result, kept = json.loads((folder / 'out/a/eval.json').read_text()), np.load(folder / 'kept.npz')
-    assert len(result['rows']) == 4 and said.count('MSE of z-scored parameters') == 1
+    assert len(result['rows']) == 6 and said.count('MSE of z-scored parameters') == 1
     return ({k: v for k, v in result.items() if k not in ('seconds', 'command')}, {k: kept[k].tolist() for k in kept},
             [line for line in said.splitlines() if ' min, peak memory ' not in line])
 
@@ -317,3 +317,93 @@ def test_what_the_log_ends_with(tmp_path):
     log.write_text(''.join(json.dumps(dict(step=i, loss=i, embedding_rank=2 * i, lr=1, seconds=i, memory_gb=1,
                                            samples_per_s=1)) + '\n' for i in range(150)))
     assert evaluation.last_steps(log) == {'loss': 99.5, 'embedding_rank': 199.0}
+
+
+def test_floors_of_a_table(well, here, capsys):
+    """The untrained encoder without its head, statistics without and with products; of what has no head, nothing."""
+    train([str(v) for v in (*NANO, '--data-dir', well, '--steps', 1, '--out', 'out/small')])
+    made(well, 'out/convnext')
+    says(capsys, 'out/small', 'out/convnext', *QUICK)
+    by = {name: json.loads((here / f'out/{name}/eval.json').read_text())['rows'] for name in ('small', 'convnext')}
+    assert list(by['small']) == ['JEPA', 'JEPA, with products', 'random init', 'random features', 'field statistics',
+                                 'field statistics, with products', 'predict the mean']
+    assert 'random features' not in by['convnext']
+    assert list(by['small']['random features']) == list(by['small']['field statistics']) == ['linear', 'knn']
+    assert list(by['small']['JEPA, with products']) == ['linear']
+    says(capsys, 'out/small', *QUICK, '--probes', 'attentive')
+    rows = json.loads((here / 'out/small/eval.json').read_text())['rows']
+    assert list(rows) == ['JEPA', 'random init', 'predict the mean']
+
+    # these features are what the head is given
+    run = evaluation.Run('out/small', evaluation.Settings(stride=24))
+    encoder, given = run.model('cpu', trained=False).network.encoder, []
+    encoder.head.register_forward_hook(lambda module, x, y: given.append(x[0]))
+    model = run.model('cpu', trained=False)
+    model.network.encoder.head = torch.nn.Identity()
+    x = run.splits['valid'].load(run.windows['valid'][:2], frames=16)
+    encoder(model.normalise(x))
+    assert torch.equal(model.embed(x), given[0].flatten(1, 2))
+
+
+def test_products_are_of_two_features():
+    splits = {name: (torch.randn(9, 2, 3), torch.zeros(9, 1)) for name in ('train', 'valid')}
+    z = probe.standardize(splits)['valid'][0]
+    found = evaluation.with_products(splits)['valid'][0]
+    assert found.shape == (9, 1, 3 + 6)
+    by_hand = [z[:, 0], z[:, 1], z[:, 2], *(z[:, i] * z[:, j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)))]
+    assert torch.allclose(found[:, 0], torch.stack(by_hand, 1))
+
+
+def test_noise_is_on_all_fields(trained, here, monkeypatch, capsys):
+    """--noise: probes fitted to noisy windows, and to clean ones, both scored on noisy ones; --noise 0: none, also
+    where the encoder was trained with noise."""
+    shutil.copytree(trained, 'out/a')
+    seen = []
+    fit = evaluation.fit_probes
+    monkeypatch.setattr(evaluation, 'fit_probes', lambda splits, *args, **how: seen.append(splits) or fit(
+        splits, *args, **how))
+    said = says(capsys, 'out/a', *QUICK, '--probes', 'linear', '--noise', 0.5, '--split', 'test')
+    rows = json.loads((here / 'out/a/eval.json').read_text())
+    assert rows['probe']['noise'] == 0.5 and 'JEPA, probe of clean fields' in said
+    noisy, of_clean = seen[:2]
+    assert list(of_clean) == ['train', 'valid', 'scored'] and of_clean['scored'] is noisy['test']
+    assert not torch.equal(of_clean['train'][0], noisy['train'][0])
+    seen.clear()
+    says(capsys, 'out/a', *QUICK, '--probes', 'linear', '--split', 'test')
+    assert torch.equal(seen[0]['train'][0], of_clean['train'][0]) and torch.equal(seen[0]['valid'][0], of_clean['valid'][0])
+    state = load_checkpoint('out/a/ckpt.pt')
+    torch.save({**state, 'config': {**state['config'], 'noise': 0.7}}, 'out/a/ckpt.pt')
+    for flags, same in ([], False), (['--noise', 0], True):
+        seen.append(None)
+        says(capsys, 'out/a', *QUICK, '--probes', 'linear', '--split', 'test', *flags)
+        later = next(splits for splits in seen[seen.index(None) + 1:])
+        assert torch.equal(later['test'][0], seen[0]['test'][0]) == same
+        seen[:] = seen[:1]
+    with pytest.raises(SystemExit):
+        evaluation.main(['out/a', '--noise', '0.1', '--generalize', 'inputs'])
+    assert 'choose one' in capsys.readouterr().err
+
+
+def test_an_encoder_is_tuned_from_a_run_without_labels(well, here, capsys):
+    """--supervised --init: its encoder is that run's, the linear layer new; the other way round is refused."""
+    made(well, 'out/a')
+    made(well, 'out/b', '--supervised', '--init', 'out/a', '--lr', 1e-9, '--weight-decay', 0)
+    one, other = (load_checkpoint(here / f'out/{name}/ckpt.pt')['model'] for name in 'ab')
+    for name, value in one.items():
+        assert torch.allclose(other[f'network.{name}'], value, atol=1e-6), name
+    with pytest.raises(SystemExit):
+        made(well, 'out/c', '--init', 'out/b')
+    assert 'out/b/ckpt.pt' in capsys.readouterr().err
+
+
+def test_every_windows_label_is_its_runs(well, here):
+    """In the order of its tokens, in both splits, as the encoder sees them."""
+    made(well, 'out/a')
+    run = evaluation.Run('out/a', evaluation.Settings(stride=24))
+    found = run.embed(lambda x, seeds: x.mean((3, 4))[:, :, 0][:, None], 'JEPA')       # a first frame's means
+    for name in 'train', 'valid':
+        split, (tokens, labels) = run.splits[name], found[name]
+        by_hand = (split.labels(run.labels) - run.splits['train'].labels(run.labels).mean(0)) / run.splits['train'].labels(run.labels).std(0)
+        for i, (which, t) in enumerate(run.windows[name]):
+            assert torch.allclose(tokens[i, 0], torch.tensor(split.fields[which, :, t].mean((1, 2))), atol=1e-5)
+            assert labels[i].tolist() == pytest.approx(by_hand[which].tolist())

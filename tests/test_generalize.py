@@ -1,6 +1,7 @@
 """generalize.py: fewer labels, values that a probe has not seen, spoilt fields; encoders trained with fewer labels."""
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ class Fit:
         self.asked, self.off = [], off
 
     def __call__(self, splits, attentive=True, epochs=0):
-        assert list(splits) == ['train', 'valid', 'scored']
+        assert list(splits)[:3] == ['train', 'valid', 'scored'] and {*list(splits)[3:]} <= {'unlabelled'}
         self.asked.append((splits, attentive, epochs))
         means = splits['scored'][0].mean(1) + self.off
         return {p: means + i for i, p in enumerate(['linear', 'knn'] + ['attentive'] * attentive)}
@@ -90,26 +91,31 @@ def windows(labels, runs, each=3):
 
 
 def test_fewer_labels_are_those_of_whole_runs(tmp_path):
-    """All windows of the first runs of the order and no others; steps as many as the attentive probe needs."""
+    """All windows of the first runs of each order and no others, scaled by all training tokens; means over orders."""
     y = np.random.default_rng(0).normal(size=(40, 2))
     clean = {'train': windows(y, 40), 'valid': windows(y, 5), 'scored': windows(y, 7, each=1)}
-    runs, order = np.repeat(np.arange(40), 3), np.random.default_rng(1).permutation(40)
+    runs, orders = np.repeat(np.arange(40), 3), [np.random.default_rng(i).permutation(40) for i in (1, 2)]
     fit = Fit(0.5)
-    found = generalize.with_fewer_labels(clean, fit, order, runs, tmp_path, trained=True)
+    found = generalize.with_fewer_labels(clean, fit, orders, runs, tmp_path)
     counts = dict(zip(('0.01', '0.02', '0.05', '0.1', '0.2', '0.5'), (1, 1, 2, 4, 8, 20)))
-    assert list(found) == list(counts)
+    assert list(found) == list(counts) and len(fit.asked) == 12
     tokens, labels = clean['train']
-    for (splits, attentive, epochs), count in zip(fit.asked, counts.values()):
+    for (splits, attentive, _), (count, order) in zip(fit.asked, product(counts.values(), orders)):
         mine = np.isin(runs, order[:count])
         assert torch.equal(splits['train'][0], tokens[mine].float()) and torch.equal(splits['train'][1], labels[mine])
-        assert splits['valid'] is clean['valid'] and splits['scored'] is clean['scored'] and attentive
-        assert epochs == math.ceil(300 / math.ceil(3 * count / 64))
+        assert splits['valid'] is clean['valid'] and splits['scored'] is clean['scored'] and not attentive
+        assert splits['unlabelled'] is clean['train']
     estimates = clean['scored'][0].mean(1) + 0.5
     for errors in found.values():
         assert errors == {p: pytest.approx((estimates + i - clean['scored'][1]).pow(2).mean().item())
-                          for i, p in enumerate(('linear', 'knn', 'attentive'))}
+                          for i, p in enumerate(('linear', 'knn'))}
+    fit = Fit()
+    fit.__class__ = type('Odd', (Fit,), {'__call__': lambda self, *a, **k: {
+        p: e + len(self.asked) % 2 for p, e in Fit.__call__(self, *a, **k).items()}})     # the first draw is one off
+    by_hand = [(clean['scored'][0].mean(1) + i - clean['scored'][1]).pow(2).mean().item() for i in (1, 0)]
+    assert generalize.with_fewer_labels(clean, fit, orders, runs, tmp_path)['0.1']['linear'] == pytest.approx(np.mean(by_hand))
     one = Fit()
-    generalize.with_fewer_labels(clean, one, np.random.default_rng(2).permutation(120), None, tmp_path, trained=False)
+    generalize.with_fewer_labels(clean, one, [np.random.default_rng(2).permutation(120)], None, tmp_path)
     drawn = np.random.default_rng(2).permutation(120)[:24]               # a fifth of the windows
     assert torch.equal(one.asked[4][0]['train'][0], tokens[np.sort(drawn)].float()) and not one.asked[4][1]
 
@@ -149,22 +155,25 @@ def test_spoilt_fields_are_scored_by_probes_of_clean_ones(tmp_path, scored, trai
     for i, how in enumerate(INPUTS, 1):
         sets[how] = tokens + 10 * i, labels
     fit = Fit()
-    runs, order = np.repeat(np.arange(9), 3), np.arange(9)
-    estimates, found = generalize.measure(sets, fit, runs, order, scored, tmp_path, trained)
+    runs, orders = np.repeat(np.arange(9), 3), [np.arange(9)] * 2
+    estimates, found = generalize.measure(sets, fit, generalize.PARTS, runs, orders, scored, tmp_path, trained)
     probes = ['linear', 'knn', 'attentive']
     assert list(estimates) == probes and torch.equal(estimates['knn'], tokens.float().mean(1) + 1)
     splits, attentive, epochs = fit.asked[0]
     assert splits['train'] is sets['train'] and splits['valid'] is sets['valid'] and attentive and epochs == 0
     assert torch.equal(splits['scored'][1], labels.repeat(5, 1)) and len(splits['scored'][0]) == 5 * len(labels)
     own = probes if trained else probes[:2]
-    assert list(found) == ['labels', 'values', 'inputs'] and list(found['inputs']) == list(INPUTS)
+    assert sorted(found) == ['inputs', 'labels', 'values'] and list(found['inputs']) == list(INPUTS)
     for i, how in enumerate(INPUTS, 1):
         errors = {p: (estimates[p] + 10 * i - labels).pow(2).mean().item() for p in own}
         assert found['inputs'][how] == pytest.approx(errors, rel=1e-5)
     assert list(found['labels']) == ['0.01', '0.02', '0.05', '0.1', '0.2', '0.5', '1']
     assert found['labels']['1'] == {p: pytest.approx((estimates[p] - labels).pow(2).mean().item()) for p in own}
-    assert [attentive for _, attentive, _ in fit.asked] == [True] + [trained] * 6 + [False] * 4       # two labels
-    for part, _, _ in fit.asked[1:]:
+    assert [attentive for _, attentive, _ in fit.asked] == [True] + [False] * (6 * 2 + 4)   # draws; two labels
+    for parts in generalize.PARTS:
+        asked = sets if parts == 'inputs' else {name: sets[name] for name in ('train', 'valid', 'test')}
+        assert list(generalize.measure(asked, fit, parts, runs, orders, scored, tmp_path, trained)[1]) == [parts]
+    for part, _, _ in fit.asked[1:17]:
         assert len(part['scored'][1]) <= len(labels) and len(part['valid'][1]) <= len(sets['valid'][1])
 
 
@@ -231,7 +240,6 @@ def evaluated(out, *flags):
 @pytest.mark.parametrize('split', ['valid', 'test'])
 def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypatch, capsys, split):
     """Which stay what they were; and report.py finds what it needs."""
-    monkeypatch.setattr(generalize, 'STEPS', 1)
     (tmp_path / 'ckpt.pt').write_bytes((trained / 'ckpt.pt').read_bytes())
     without, found = (evaluated(tmp_path, '--split', split, *flags) for flags in ([], ['--generalize']))
     assert 'generalization' not in without and found['probe']['generalize'] and not without['probe']['generalize']
@@ -239,13 +247,16 @@ def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypa
         for p, errors in by_probe.items():
             assert found['rows'][row][p] == pytest.approx(errors, rel=1e-4, abs=1e-6), (row, p)
     carried = found['generalization']
-    probes = {'JEPA': ['attentive', 'linear', 'knn'], 'random init': ['linear', 'knn'], 'field statistics': ['linear']}
+    simple = ['linear', 'knn']
+    probes = {'JEPA': ['attentive', *simple], 'random init': simple, 'field statistics': simple}
     assert list(carried) == list(probes)
     for row, own in probes.items():
         assert list(carried[row]['labels']) == ['0.01', '0.02', '0.05', '0.1', '0.2', '0.5', '1']
         assert list(carried[row]['inputs']) == list(INPUTS) and carried[row]['values'] == {}         # too few of them
-        for errors in *carried[row]['labels'].values(), *carried[row]['inputs'].values():
-            assert list(errors) == own and all(map(math.isfinite, errors.values()))
+        for part in 'labels', 'inputs':
+            for share, errors in carried[row][part].items():             # of a part of the labels by the quick probes
+                assert list(errors) == (simple if part == 'labels' and share != '1' else own)
+                assert all(map(math.isfinite, errors.values()))
         assert carried[row]['labels']['1'] == {p: pytest.approx(found['rows'][row][p]['mean']) for p in own}
         assert carried[row]['labels']['0.01'] == carried[row]['labels']['0.1']                         # one of six runs
         assert carried[row]['labels']['0.01'] != carried[row]['labels']['0.5'] != carried[row]['labels']['1']
@@ -254,11 +265,11 @@ def test_how_an_encoder_carries_is_beside_its_errors(trained, tmp_path, monkeypa
     lines = {line.partition('  ')[0]: line.split() for line in said.splitlines()}
     for row, p in ((row, p) for row, own in probes.items() for p in own):
         by = carried[row]
-        shown = [f'{errors[p]:.3f}' for part in ('labels', 'inputs') for errors in by[part].values()]
+        shown = [f'{errors[p]:.3f}' if p in errors else '-' for part in ('labels', 'inputs') for errors in by[part].values()]
         assert lines[f'{row}, {p}'][-11:] == shown
     if split == 'test':
         (tmp_path / 'active_matter-jepa-nano-vicreg-seed0.json').write_text(json.dumps(found))
-        assert '| JEPA | attentive | {:.3f} | '.format(carried['JEPA']['labels']['0.01']['attentive']) in \
+        assert '| JEPA | linear | {:.3f} | '.format(carried['JEPA']['labels']['0.01']['linear']) in \
             report.labels_table(report.read_cells(tmp_path), 'active_matter')
         assert '| {:.3f} |'.format(carried['field statistics']['inputs']['half resolution']['linear']) in \
             report.carried_table(report.read_cells(tmp_path), 'active_matter')
@@ -268,14 +279,20 @@ def test_fractions_are_of_runs_or_of_windows(trained, monkeypatch, capsys):
     monkeypatch.setattr(generalize, 'measure', lambda sets, fit, *settings: settings)
     run = evaluation.Run(trained, evaluation.Settings(stride=16))
     asked = lambda seed=0, **flags: (setattr(run.c, 'seed', seed), evaluation.probe_row(
-        run, evaluation.Settings(generalize=True, **flags), {}, None, True))[1]
-    runs, order, scored, folder, trained = asked()
-    assert np.array_equal(runs, run.windows['train'][:, 0])
+        run, evaluation.Settings(generalize='labels', **flags), {}, None, True))[1]
+    parts, runs, orders, scored, folder, trained = asked()
+    assert parts == 'labels' and np.array_equal(runs, run.windows['train'][:, 0])
     assert (scored, folder, trained) == ('valid', run.path.parent, True)
-    assert np.array_equal(order, run.splits['train'].labelled(1.0, 0))
-    runs, order, *_ = asked(fractions='windows')
-    assert runs is None and np.array_equal(np.sort(order), np.arange(len(run.windows['train'])))
-    assert not np.array_equal(order, asked(seed=1, fractions='windows')[1])
+    assert np.array_equal(orders[0], run.splits['train'].labelled(1.0, 0))
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert len({tuple(order) for order in orders}) == len(orders) == 6
+    assert not np.array_equal(orders[1], asked(seed=1)[2][1])            # nor are draws alike between seeds
+    run.c.label_fraction = 0.5
+    assert len(asked()[2]) == 1                                          # no others are known
+    run.c.label_fraction = 1.0
+    _, runs, orders, *_ = asked(fractions='windows')
+    assert runs is None and all(np.array_equal(np.sort(order), np.arange(len(run.windows['train']))) for order in orders)
+    assert len({tuple(order) for order in [*orders, asked(seed=1, fractions='windows')[2][0]]}) == 7
     with pytest.raises(SystemExit) as left:
         evaluation.main(['--fractions', 'files'])
     assert left.value.code == 2 and "not 'files'" in capsys.readouterr().err.splitlines()[-1]

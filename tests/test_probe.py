@@ -69,6 +69,23 @@ def test_attentive_probe_learns_what_the_mean_token_hides():
     assert size == sum(p.numel() for p in probe.AttentiveProbe(16, 2).parameters())
 
 
+def test_features_are_scaled_by_all_training_tokens():
+    """Where few are labelled: by none else of the splits, and the ridge's bias is free all the same."""
+    splits = planted(n=60)
+    few = {name: (x[:4] if name == 'train' else x, y[:4] if name == 'train' else y) for name, (x, y) in splits.items()}
+    scaled = probe.standardize(few | {'unlabelled': splits['train']})
+    mean = splits['train'][0].double().mean(1)
+    for name, (x, y) in few.items():
+        by_hand = (x.double().mean(1) - mean.mean(0)) / mean.std(0)
+        assert torch.allclose(scaled[name][0], by_hand, atol=1e-6)
+        assert torch.equal(scaled[name][1], y.double())
+    for ridge in 1e-6, 10.0:                                             # of centred features and labels, by hand
+        x, y, z = scaled['train'][0], scaled['train'][1], scaled['test'][0]
+        w = torch.linalg.solve((x - x.mean(0)).T @ (x - x.mean(0)) + ridge * torch.eye(16), (x - x.mean(0)).T @ (y - y.mean(0)))
+        estimates, _ = probe.linear(few | {'unlabelled': splits['train']}, ridge=ridge)
+        assert torch.allclose(estimates, (z - x.mean(0)) @ w + y.mean(0), atol=1e-6)
+
+
 def test_probes_choose_on_valid():
     """The setting kept is the best on valid even where test prefers another."""
     noisy, clean = planted(n=50, noise=1.0), planted(n=50, noise=0.0)

@@ -11,11 +11,25 @@ from model import PUBLISHED, find_model
 
 
 def test_the_interval_is_over_runs():
-    assert tables.interval([0.3, 0.3, 0.3]) == pytest.approx([0.3, 0.3])
-    assert tables.interval([0.0, 1.0]) == [0.0, 1.0]
+    assert tables.interval([[0.3, 0.3, 0.3]]) == pytest.approx([0.3, 0.3])
+    assert tables.interval([[0.0, 1.0]]) == [0.0, 1.0]
     errors = np.random.default_rng(1).exponential(size=400)
-    low, high = tables.interval(errors)
+    low, high = tables.interval([errors])
     assert high - low == pytest.approx(2 * 1.96 * errors.std() / 20, rel=0.1) and low < errors.mean() < high
+
+
+@pytest.mark.parametrize('between, within', [(1.0, 0.0), (0.0, 1.0), (0.1, 1.0), (0.3, 1.0)])
+def test_the_interval_is_over_seeds_then_over_their_runs(between, within):
+    """Of 40 seeds of 50 runs. Its half is 1.96 standard errors: of the seeds' means, and of their runs' once more,
+    as they are drawn, too."""
+    rng = np.random.default_rng(0)
+    errors = between * rng.normal(size=(40, 1)) + within * rng.normal(size=(40, 50))
+    low, high = tables.interval(errors)
+    known = 1.96 * np.sqrt(errors.mean(1).var() / 40 + within**2 / 2000)
+    assert (high - low) / 2 == pytest.approx(known, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(errors.mean(), abs=0.3 * known)
+    # seeds may have other numbers of runs; each counts as one
+    assert tables.interval([[0.0] * 9, [1.0]]) == [0.0, 1.0]
 
 
 PROBE = {'probe': 'ours', 'epochs': 100, 'mlp_ratio': 0.0, 'finetune': '', 'fractions': 'runs'}
@@ -53,12 +67,12 @@ def test_means_over_seeds(tmp_path):
     table = report.summary(read_cells(tmp_path), ['a-nano', 'a-nano-paired']).splitlines()
     assert table[0] == '| active_matter | seeds | windows seen | attentive | linear | knn |'
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.233, 0.367]']
+    assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.200, 0.400]']
     assert rows['JEPA: random init'][2].startswith('0.600 ± 0.200 [')
     assert rows['JEPA, paired, from out/x'][:2] == ['1', '200']
     assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
     assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
-    assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.010, 0.030]']
+    assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.007, 0.033]']
     each = report.summary(read_cells(tmp_path), ['parameters', 'a-nano']).splitlines()
     assert 'attentive: alpha | attentive: zeta | attentive: mean' in each[0] and '0.200 ± 0.100 ~ | 0.400' in each[2]
     alone = report.summary(read_cells(tmp_path), ['a-nano-seed1']).splitlines()
@@ -118,7 +132,7 @@ def test_the_encoder_with_labels_has_a_row(tmp_path):
 
 
 def test_systems_side_by_side(tmp_path):
-    """Each its own seeds, spreads, marks and ranks; two models that begin alike share a row; no other system's rows."""
+    """Each its own seeds, spreads, marks and ranks; two models that begin alike share a row."""
     def put(system, name, row, own, seed, **changes):
         r = result(own, seed, row, system=system, **changes)
         for key in 'rows', 'by_run':
@@ -127,23 +141,56 @@ def test_systems_side_by_side(tmp_path):
     for system, scale in ('active_matter', 1), ('shear_flow', 2):
         for seed in 0, 1:
             rank = {'effective': 3.0 * scale + seed, 'of': 32}
-            put(system, 'jepa-nano-vicreg', 'JEPA', 0.01 * scale + 0.002 * seed, seed, rank=rank)
+            put(system, 'jepa-nano-next', 'JEPA', 0.01 * scale + 0.002 * seed, seed, rank=rank)
             put(system, 'pixels-nano', 'pixels', 0.2 * scale + 0.1 * seed, seed)
-    put('rayleigh_benard', 'jepa-nano-vicreg', 'JEPA', 0.5, 0)
-    table = report.side_by_side(read_cells(tmp_path)).splitlines()
+            put(system, 'jepa-nano-vicreg', 'JEPA', 0.5, seed)           # of another table
+    table = report.side_by_side(read_cells(tmp_path), report.EXPERIMENT).splitlines()
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert list(rows) == ['pixels', 'JEPA, vicreg', 'pixels: random init', 'field statistics']
-    assert rows['JEPA, vicreg'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
+    assert list(rows) == ['pixels', 'JEPA, next', 'pixels: random init', 'field statistics']
+    assert rows['JEPA, next'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
     assert rows['pixels: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
         (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
-    alone = report.side_by_side(read_cells(tmp_path)).splitlines()
+    alone = report.side_by_side(read_cells(tmp_path), report.EXPERIMENT).splitlines()
     assert any(line.split(' | ')[0] == '| pixels' and line.split(' | ')[4:7] == ['-', '-', '-'] for line in alone)
-    page = '<!-- results: latents-or-pixels -->\n<!-- /results -->'
-    assert report.with_tables(page, read_cells(tmp_path)).splitlines()[1] == table[0]
+    page = '<!-- results: experiment -->\n<!-- /results -->\n<!-- results: other-ways -->\n<!-- /results -->'
+    pages = report.with_tables(page, read_cells(tmp_path))
+    assert pages.splitlines()[1] == table[0] and '| JEPA, vicreg | 0.500' in pages
+
+
+def test_two_rows_are_compared_run_by_run(tmp_path):
+    """Seeds and runs of both are drawn together: what makes a run hard for both is no spread of their difference."""
+    hard = np.random.default_rng(0).exponential(size=(3, 40))
+    for seed in range(3):
+        for name, row, more in (('jepa-nano-next', 'JEPA', 0.0), ('pixels-nano', 'pixels', 0.1)):
+            r = result(0.2, seed, row)
+            noise = 0.05 * np.random.default_rng([seed, len(name)]).normal(size=40)
+            r['by_run'][row] = {p: (hard[seed] + more + (noise if p == 'knn' else 0)).tolist() for p in tables.PROBES}
+            (tmp_path / f'active_matter-{name}-seed{seed}.json').write_text(json.dumps(r))
+    (tmp_path / 'active_matter-pixels-nano-seed2.json').unlink()         # then seeds 0 and 1 are left
+    head, (first, *others) = cells_of(report.compare(read_cells(tmp_path)))
+    assert head == ['first, second', 'differ in', *(f'active_matter: {p}' for p in tables.PROBES)]
+    assert first[:4] == ['jepa-nano-next, pixels-nano', 'target: embeddings, pixels', *['-0.100 [-0.100, -0.100]'] * 2]
+    low, high = map(float, first[4].partition('[')[2].strip(']').split(','))
+    assert -0.14 < low < -0.1 < high < -0.06 and {*sum([row[2:] for row in others], [])} == {'-'}
+    assert report.show_gap([np.array([-0.1, 0.3])]) == '+0.100 [-0.100, +0.300] ~'
+
+
+def test_runs_of_one_value_stand_apart(tmp_path):
+    """Means, medians, and means of the runs with this value and of the others: of each seed, then over seeds."""
+    for seed in 0, 1:
+        errors = [1.0 + seed, 0.1, 0.2, 0.3]
+        r = result(0.2, seed, labels_by_run={'alpha': [-1.0, -2.0, -3.0, -4.0], 'zeta': [1, 2, 3, 4]})
+        r['by_run'] = {row: {p: errors for p in tables.PROBES} for row in ('JEPA', 'random init')}
+        (tmp_path / f'a-nano-seed{seed}.json').write_text(json.dumps(r))
+    page = report.with_tables('<!-- results: runs alpha=-1 a-nano -->\n<!-- /results -->', read_cells(tmp_path))
+    head, rows = cells_of('\n'.join(page.splitlines()[1:-1]))
+    assert head[:5] == ['active_matter', *(f'attentive: {how}' for how in ('mean', 'median', 'alpha -1', 'others'))]
+    assert [row[0] for row in rows] == ['JEPA', 'JEPA: random init']
+    assert rows[0][1:5] == ['0.525 ± 0.177', '0.250 ± 0.000', '1.500 ± 0.707', '0.200 ± 0.000']
 
 
 @pytest.mark.parametrize('changes', [
@@ -327,8 +374,7 @@ def test_what_the_models_cost(tmp_path):
 
 
 def test_the_words_of_a_marker_choose_its_table(monkeypatch):
-    kinds = dict(side_by_side='latents-or-pixels', cost_table='cost', labels_table='labels s',
-                 carried_table='carried s')
+    kinds = dict(compare='compare', cost_table='cost', labels_table='labels s', carried_table='carried s')
     for name in kinds:
         monkeypatch.setattr(report, name, lambda *args, name=name: (name, *args))
     monkeypatch.setattr(report, 'table_one', lambda *args: ('table_one', *args))

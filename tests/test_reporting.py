@@ -114,12 +114,13 @@ def test_only_the_probes_that_are_asked_for(made, says, monkeypatch):
     assert 'attentive' not in said.partition('MSE')[2] and '  probes: ridge 1, k 20, metric cosine\n' in said
     assert result['chosen']['JEPA'] == result['chosen']['random init'] == {'ridge': 1.0, 'k': 20, 'metric': 'cosine'}
     assert {row: [*by_probe] for row, by_probe in result['rows'].items()} == {
-        'JEPA': ['linear', 'knn'], 'random init': ['linear', 'knn'], 'field statistics': ['linear'],
+        'JEPA': ['linear', 'knn'], 'JEPA, with products': ['linear'], 'random init': ['linear', 'knn'],
+        'field statistics': ['linear', 'knn'], 'field statistics, with products': ['linear'],
         'predict the mean': ['linear', 'knn']}
     assert {k: result['probe'][k] for k in ('probes', 'ridge', 'k')} == {'probes': 'linear,knn', 'ridge': 1.0, 'k': 20}
     alone = says(run, '--stride', 16, '--probes', 'knn')
     assert 'knn' in alone and 'linear' not in alone.partition('MSE')[2]
-    assert 'field statistics' not in result_of(run)['rows'] and result_of(run)['chosen']['JEPA']['k'] in probe.KS
+    assert [*result_of(run)['rows']['field statistics']] == ['knn'] and result_of(run)['chosen']['JEPA']['k'] in probe.KS
     carried = says(run, *QUICK, '--generalize')
     assert 'JEPA, knn' in carried and 'JEPA, attentive' not in carried
 
@@ -165,10 +166,11 @@ def test_checkpoints_of_a_run_are_a_curve(made, says, monkeypatch):
     monkeypatch.setattr(evaluation, 'evaluate_row', lambda run, args, title: asked.append(title) or row(
         run, args, title))
     said = says(*(run / f'ckpt{step}.pt' for step in ('', '-4', '-2')), *QUICK)
-    assert asked == ['JEPA', 'random init', 'field statistics', 'JEPA', 'JEPA']
-    rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:10]]
-    assert rows == ['JEPA, step 2', 'JEPA, step 4', 'JEPA, step 6', 'random init', 'field statistics',
-                    'predict the mean']
+    assert asked == ['JEPA', 'random init', 'random features', 'field statistics', 'JEPA', 'JEPA']
+    rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:14]]
+    steps = [f'JEPA, step {step}' for step in (2, 4, 6)]
+    assert rows == [*steps, *(f'{row}, with products' for row in steps), 'random init', 'field statistics',
+                    'field statistics, with products', 'predict the mean']
     files = 'eval-2.json', 'eval-4.json', 'eval.json'
     assert [result_of(run, file)['run']['step'] for file in files] == [2, 4, 6]
     one, two, three = (result_of(run, file)['rows']['JEPA'] for file in files)
@@ -181,8 +183,9 @@ def test_ablations_are_named_by_their_folder(made, says):
     made('out/low', '--lr', 1e-4)
     made('out/high', '--lr', 1e-2, '--seed', 1)
     said = says('out/low', 'out/high', 'out/low/', *QUICK)               # one is named twice
-    rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:10]]
-    assert rows == ['low', 'low, random init', 'high', 'high, random init', 'field statistics', 'predict the mean']
+    rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:13]]
+    assert rows == ['low', 'low, random init', 'high', 'high, random init', 'low, with products', 'high, with products',
+                    'field statistics', 'field statistics, with products', 'predict the mean']
     assert 'low has the seeds' in said and '; high has the seeds' in said and 'JEPA has' not in said
     assert result_of(made('out/low', '--lr', 1e-4))['row'] == 'JEPA'     # alone, it has its model's name
 

@@ -24,7 +24,8 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
     """What the pages show, and what train.py and eval.py are told, exists."""
     names = set()
     monkeypatch.setattr(report, 'summary', lambda results, given: names.update(given) or '')
-    for kind in 'side_by_side', 'table_one', 'labels_table', 'carried_table', 'cost_table':
+    monkeypatch.setattr(report, 'by_runs', lambda results, value, given: names.update(given) or '')
+    for kind in 'side_by_side', 'table_one', 'labels_table', 'carried_table', 'cost_table', 'compare':
         monkeypatch.setattr(report, kind, lambda *args, **_: names.update(v for v in args if isinstance(v, str)) or '')
     for page in report.PAGES:
         report.with_tables((HERE / page).read_text(), {})
@@ -43,16 +44,20 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
 
 
 def test_an_experiment_is_one_word(tmp_path, monkeypatch):
-    """Its encoders, and those of table 1, see 25,600 windows each, whatever they are; so do those with fewer labels."""
+    """All its encoders see 76,800 windows; those of table 1, in other ways, or with fewer labels, a third of them."""
     monkeypatch.chdir(tmp_path)
-    found = cells.find_cells(['latents-or-pixels', 'rayleigh_benard-jepa-nano'], Settings(seeds=2))
-    assert len(found) == 2 * (2 * 12 + 1) and len({cell.name for cell in found}) == len(found)
-    assert [cell.seed for cell in found] == [0] * 25 + [1] * 25
-    some = everywhere(['jepa-nano-paired', 'pixels-nano', 'vjepa-nano-block'], ('active_matter', 'shear_flow'))
+    found = cells.find_cells(['other-ways', 'rayleigh_benard-jepa-nano'], Settings(seeds=2))
+    assert len(found) == 2 * (2 * 9 + 1) and len({cell.name for cell in found}) == len(found)
+    assert [cell.seed for cell in found] == [0] * 19 + [1] * 19
+    some = everywhere(['jepa-nano-sigreg', 'vjepa-nano-block'], ('active_matter', 'shear_flow'))
     assert {cell.name for cell in found} >= {f'{row}-seed1' for row in some}
-    for name in EXPERIMENT + everywhere(PAPER_TABLES['nano']) + everywhere(FEWER['nano']):
-        own, _ = settings_of(cell_of(f'{name}-seed0'))
-        assert own['batch'] * own['steps'] == 25600 and own['preset'] == 'nano', name
+    shorter = report.OTHER_WAYS + everywhere(PAPER_TABLES['nano']) + everywhere(FEWER['nano'])
+    for names, windows in (report.EXPERIMENT, 76800), (shorter, 25600):
+        for name in names:
+            own, _ = settings_of(cell_of(f'{name}-seed0'))
+            assert own['batch'] * own['steps'] == windows and own['preset'] == 'nano', name
+    rows = {name.partition('-')[2] for name in report.EXPERIMENT}
+    assert {row for pair in report.COMPARED for row in pair[:2]} == rows and len(report.EXPERIMENT) == 3 * len(rows)
     assert settings_of(cell_of('active_matter-jepa-nano-short-supervised-5-seed0'))[0]['label_fraction'] == 0.05
 
 
@@ -61,4 +66,4 @@ def test_a_result_is_of_what_its_row_says(file, tmp_path, monkeypatch):
     """What the scripts are told now is what they were told then, but for what was not asked of them yet."""
     monkeypatch.chdir(tmp_path)
     assert why_stale(cell_of(file.stem), json.loads(file.read_text())) in (
-        ('', ''), ('scoring', 'generalize False, now True'))
+        ('', ''), ('scoring', 'generalize , now labels,values,inputs'))

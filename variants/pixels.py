@@ -26,10 +26,10 @@ class Options(EncoderOptions):
     decoder_width: int = option(128, 'width of the decoder')
     residual: bool = option(False, 'predict the change of the embedding, not all of it')
 
-PRESETS = {                 # nano: encoder and learning rate of jepa.py's
+PRESETS = {                 # nano: the encoder of jepa.py's
     'paper': dict(patch=16, noise=0.0),
     'nano': dict(encoder='statistics', widths=WIDTHS['statistics'], layer_scale=1.0,
-                 views='paired', residual=True, lr=3e-3),
+                 views='paired', residual=True, lr=1e-3),
     ('nano', 'shear_flow'): dict(rate=32.0), ('nano', 'rayleigh_benard'): dict(rate=32.0),
 }
 
