@@ -203,11 +203,13 @@ def test_several_checkpoints_in_one_table(well, trained, tmp_path):
     one, two = (json.loads((tmp_path / 'out' / name / 'eval.json').read_text()) for name in ('jepa', 'mae'))
     for name, title in ('jepa', 'JEPA'), ('mae', 'VideoMAE'):            # each its own, whatever else is in the table
         result = json.loads((tmp_path / 'out' / name / 'eval.json').read_text())
-        assert list(result['rows']) == [title, 'random init', 'field statistics', 'predict the mean']     # 3 of 45 files
+        assert list(result['rows']) == [title, f'{title}, with products', 'random init', 'field statistics',
+                                        'field statistics, with products', 'predict the mean']       # 3 of 45 files
         assert result['run']['model'] in ('jepa', 'videomae') and result['parameters']['attentive probe'] > 0
     rows = [line.split('  ')[0] for line in said.partition('guessing the mean')[2].splitlines()[4:]]
-    assert rows[:7] == ['JEPA', 'JEPA, random init', 'VideoMAE', 'VideoMAE, random init', 'field statistics',
-                        'predict the mean', '']
+    assert rows[:9] == ['JEPA', 'JEPA, random init', 'VideoMAE', 'VideoMAE, random init', 'JEPA, with products',
+                        'VideoMAE, with products', 'field statistics', 'field statistics, with products',
+                        'predict the mean']
     assert 'whole domain at 32 x 32' in said and one['windows'] == two['windows'] and 'saw the' not in said
     assert 'Not like with like: JEPA trained on 320 windows; VideoMAE trained on 16 windows.' in said
     other = load_checkpoint(tmp_path / 'out' / 'mae' / 'ckpt.pt')

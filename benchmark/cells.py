@@ -229,7 +229,7 @@ def make(cell, log, stop):
         return alone_in(lock)
 
     with nobody_else(cell):
-        if cell.start:                                                   # the encoder it begins with
+        if cell.start:                                                   # its encoder at the start
             with nobody_else(cell.start):
                 train_it(cell.start)
         train_it(cell)

@@ -40,7 +40,8 @@ def test_a_model_is_one_file(well, tmp_path):
     shutil.rmtree(tmp_path / 'out/start')
     assert '\nbyol ' in run(at('eval.py'), '--epochs', 1, '--stride', 16, cwd=tmp_path).stdout
     result = json.loads((tmp_path / 'out/byol/eval.json').read_text())
-    assert list(result['rows']) == ['byol', 'random init', 'field statistics', 'predict the mean']
+    assert list(result['rows']) == ['byol', 'byol, with products', 'random init', 'field statistics',
+                                     'field statistics, with products', 'predict the mean']
     assert '4 tiles of 16 x 16' in result['field']                       # the whole field, like every other model
     run(at('plot.py'), '--data-dir', well, '--out', 'pictures', cwd=tmp_path)
     assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png'}
@@ -81,7 +82,7 @@ def test_a_dataset_needs_no_file(tmp_path):
     said = run('eval.py', 'out/a', '--epochs', 1, '--stride', 2, '--save-embeddings', 'kept.npz', cwd=tmp_path).stdout
     assert 'field statistics: none' in said and '128 x 128' in said
     result = json.loads((tmp_path / 'out/a/eval.json').read_text())
-    assert list(result['rows']) == ['JEPA', 'random init', 'predict the mean'] and result['labels'] == ['F', 'k']
+    assert list(result['rows']) == ['JEPA', 'JEPA, with products', 'random init', 'predict the mean'] and result['labels'] == ['F', 'k']
     run('plot.py', 'out/a', '--out', 'pictures', cwd=tmp_path)
     assert {p.name for p in (tmp_path / 'pictures').iterdir()} == {'examples.png', 'training.png', 'errors.png'}
     kept = np.load(tmp_path / 'kept.npz')
