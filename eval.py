@@ -158,8 +158,8 @@ class Run:
         windows = self.windows['train'][:1]
         tokens = self.encode(self.model('cpu', trained=False), noise=0.0)(
             self.splits['train'].load(windows, frames=FRAMES))
-        return str([self.c.model, self.c.noise, self.c.seed, self.c.label_fraction, self.probe_seed,
-                    self.c.dtype, tokens.tolist()])
+        return str([self.mlp_ratio, self.c.noise, self.c.seed, self.c.label_fraction,
+                    self.probe_seed, self.c.dtype, tokens.tolist()])
 
     def encode(self, model, frozen=True, noise=None):
         """A function: raw windows (B, C, 16, H, W), and seeds of their noise -> tokens (B, N, D).

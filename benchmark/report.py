@@ -10,7 +10,8 @@ A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. Th
     runs LABEL=VALUE NAME NAME     means and medians of test runs; of those with this value, apart
     table-1, summary-table PROBE   models by systems, beside the paper's numbers; the same in short
     cost                           what these models cost
-    experiment, other-ways         what is predicted and by which loss; more ways, in less detail
+    experiment, other-ways         what is predicted and by which loss; more ways, with less to see
+    experiment PROBE               the first in short
     compare                        rows of the experiment, two by two
     labels SYSTEM, carried SYSTEM  by the share of labels; at unseen parameters, on spoilt fields
 
@@ -51,6 +52,7 @@ OTHER_WAYS = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') fo
     'jepa-nano-vicreg', 'jepa-nano-sigreg', 'jepa-nano-ema', 'jepa-nano-short-supervised',
     'vjepa-nano-block', 'vjepa-nano-random', 'vjepa-nano-temporal', 'videomae-nano',
     'vjepa-nano-supervised')]
+IN_WORDS = {'next': 'next 16', 'infonce': 'InfoNCE', 'next-infonce': 'next 16, InfoNCE'}
 COMPARED = (                                # two rows, and the one thing in which they differ
     ('jepa-nano-next', 'pixels-nano', 'target: embeddings, pixels'),
     ('jepa-nano-next-infonce', 'pixels-nano', 'target: embeddings (InfoNCE), pixels'),
@@ -91,6 +93,7 @@ def read_records(cells, names, variants=True):
             if not variants or result['row'].endswith(variant.rpartition('-')[2]):
                 variant = ''
             start = result['run']['settings'].get('init')
+            variant = IN_WORDS.get(variant, variant)
             title = ', '.join(filter(None, [result['row'], variant, start and f'from {start}']))
             add_records(found.setdefault(name.partition('-')[0], {}), cell, result, title)
     return found
@@ -276,26 +279,31 @@ def show_gap(gaps):
     mark = ' ~' if low <= 0 <= high else ''
     return f'{np.mean([np.mean(gap) for gap in gaps]):+.3f} [{low:+.3f}, {high:+.3f}]{mark}'
 
-def side_by_side(cells, rows):
-    """What was predicted, by system. Effective rank: of how many channels of the mean tokens."""
+def side_by_side(cells, rows, probes=PROBES):
+    """What was predicted, by system. Effective rank: of how many channels of the mean tokens.
+    probes: one of them makes a short table, of what that probe has read."""
     found, titles = read_records(cells, rows), {}
     for title in order_titles([title for records in found.values() for title in records],
                               ('supervised', ', with products', 'random init', 'random features',
                                'field statistics')):
         # encoders of two models may begin with the same weights
-        errors = [errors_of(records, title, p) for records in found.values() for p in PROBES]
-        titles.setdefault(str(errors), title)
+        errors = [errors_of(records, title, p) for records in found.values() for p in probes]
+        if any(errors):
+            titles.setdefault(str(errors), title)
 
     table, ranks = {'': titles.values()}, []
     for system, records in found.items():
-        for p in PROBES:
-            table[f'{system}: {p}'] = [show_error(records, title, p) for title in titles.values()]
+        for p in probes:
+            head = f'{system}: {p}' if probes == PROBES else system
+            table[head] = [show_error(records, title, p) for title in titles.values()]
         ranks.append([])                                                 # of this system
         for title in titles.values():
             own = [r['rank'] for r in results_of(records, title) if r.get('rank')]
             mean = np.mean([rank['effective'] for rank in own]) if own else 0
             ranks[-1].append(f'{mean:.1f} of {own[0]["of"]}' if own else '-')
-    return markdown(table | {'effective rank': [' / '.join(texts) for texts in zip(*ranks)]})
+    if probes == PROBES:
+        table['effective rank'] = [' / '.join(texts) for texts in zip(*ranks)]
+    return markdown(table)
 
 def table_one(cells, preset='nano', short=''):
     """Models by systems, with the paper's numbers, which are on valid of The Well.
@@ -412,7 +420,8 @@ def make_table(words, cells):
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
               ('carried', 1): carried_table, ('compare', 0): compare}
     if kind in ('experiment', 'other-ways'):
-        return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS)
+        return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS,
+                            tuple(rest) or PROBES)
     if kind == 'runs':
         return by_runs(cells, rest[0], rest[1:])
     if kind == 'summary-table' and rest:

@@ -148,8 +148,8 @@ def test_systems_side_by_side(tmp_path):
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert list(rows) == ['pixels', 'JEPA, next', 'pixels: random init', 'field statistics']
-    assert rows['JEPA, next'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
+    assert list(rows) == ['pixels', 'JEPA, next 16', 'pixels: random init', 'field statistics']
+    assert rows['JEPA, next 16'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
     assert rows['pixels: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
@@ -158,6 +158,9 @@ def test_systems_side_by_side(tmp_path):
     assert any(line.split(' | ')[0] == '| pixels' and line.split(' | ')[4:7] == ['-', '-', '-'] for line in alone)
     page = '<!-- results: experiment -->\n<!-- /results -->\n<!-- results: other-ways -->\n<!-- /results -->'
     pages = report.with_tables(page, read_cells(tmp_path))
+    short = report.with_tables('<!-- results: experiment knn -->\n<!-- /results -->', read_cells(tmp_path)).splitlines()[1:]
+    assert short[0] == '|  | active_matter | shear_flow |' and short[3] == '| JEPA, next 16 | 0.011 ± 0.001 | 0.021 ± 0.001 |'
+    assert [line.split(' | ')[0] for line in short[2:-1]][:3] == ['| pixels', '| JEPA, next 16', '| pixels: random init']
     assert pages.splitlines()[1] == table[0] and '| JEPA, vicreg | 0.500' in pages
 
 
