@@ -64,13 +64,12 @@ for preset, length in ('nano', 'steps 800'), ('paper', 'preset paper'):
     for row, share in report.FEWER[preset].items():
         ROWS[row] = f'--model jepa --{length} --supervised --label-fraction {share}'
 
-for share in 10, 20, 50:                    # with few labels: from scratch; from one without labels
-    few = f'--model jepa --supervised --label-fraction {share / 100}'
-    ROWS |= {f'jepa-nano-supervised-{share}': few,
-             f'jepa-nano-tuned-{share}': f'{few} --steps 800 --lr 1e-3'}
+for row, share in report.FEWER_LONGER.items():                           # the tuned: not as long
+    few, shorter = f'--model jepa --supervised --label-fraction {share}', ' --steps 800 --lr 1e-3'
+    ROWS[row] = few + shorter if 'tuned' in row else few
 ROWS |= {'jepa-nano-noise': '--model jepa --noise 0.3',
          'jepa-nano-infonce-noise': '--model jepa --loss infonce --noise 0.3'}
-STARTS_FROM = {f'jepa-nano-tuned-{share}': 'jepa-nano-infonce' for share in (10, 20, 50)}
+STARTS_FROM = {row: 'jepa-nano-infonce' for row in report.FEWER_LONGER if 'tuned' in row}
 SCORED_AGAIN = {                            # the run of another row, scored in another way
     'jepa-nano-at-noise': 'jepa-nano', 'jepa-nano-infonce-at-noise': 'jepa-nano-infonce'}
 ROWS |= {row: ROWS[trained] for row, trained in SCORED_AGAIN.items()}
@@ -93,8 +92,7 @@ GROUPS = {preset: {'paper-tables': everywhere(report.PAPER_TABLES[preset]),     
 TWO = 'active_matter', 'shear_flow'
 GROUPS['nano'] |= {
     'experiment': report.EXPERIMENT, 'other-ways': report.OTHER_WAYS,
-    'few-or-tuned': [f'{s}-jepa-nano-{start}-{share}' for s in TWO for share in (10, 20, 50)
-                        for start in ('supervised', 'tuned')],
+    'few-or-tuned': [f'{s}-{row}' for s in TWO for row in report.FEWER_LONGER],
     'noise': [f'{s}-{row}{how}' for s in TWO for row in ('jepa-nano', 'jepa-nano-infonce')
               for how in ('-at-noise', '-noise')]}
 ONE_AT_A_TIME = threading.Lock()            # PyTorch's generator and its counter of FLOP are global
@@ -132,7 +130,7 @@ def find_cell(name, args):
 
     return SimpleNamespace(
         name=name, system=system, seed=int(seed), preset=preset, data=data, run=run, start=start,
-        result=Path(args.results, f'{name}.json'),
+        init=init, result=Path(args.results, f'{name}.json'),
         simulate=['simulate.py', system, '--preset', preset, *seeded, *folder],
         train=['train.py', '--data', system, *ROWS[row].split(), *init, *seeded, *folder,
                '--out', str(run)],
@@ -153,7 +151,10 @@ def as_json(settings):
 
 def settings_of(cell):
     """What its train.py and eval.py are run with: [{name: value}, {name: value}]."""
-    c, _, options = train.parse(cell.train[1:], '', missing=True)
+    # the run that it starts from need not be there yet
+    flags = [flag for flag in cell.train[1:] if not cell.start or flag not in cell.init]
+    c, _, options = train.parse(flags, '', missing=True)
+    c.init = str(cell.start.run) if cell.start else c.init
     scored, _ = parse('', evaluation.Settings, cell.evaluate[1:], runs=dict(nargs='*'))
     return as_json([vars(c) | vars(options), {k: getattr(scored, k) for k in evaluation.TUNED}])
 

@@ -14,6 +14,7 @@ A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. Th
     experiment PROBE               the first in short
     compare                        rows of the experiment, two by two
     labels SYSTEM, carried SYSTEM  by the share of labels; at unseen parameters, on spoilt fields
+    labels SYSTEM experiment       the first of the experiment's encoders
 
 A number is the mean over seeds ± its standard deviation. `~`: training did not clearly help. The
 gain over the same encoder's random weights is less than two standard deviations of that gain.
@@ -45,6 +46,8 @@ PAPER_TABLES = {                            # rows of table 1, of each preset
 FEWER = {                                   # encoders that learn from a share of the labels
     'nano': {f'jepa-nano-short-supervised-{n}': n / 100 for n in (1, 2, 5, 10, 20, 50)},
     'paper': {f'jepa-paper-supervised-{n}': n / 100 for n in (10, 50)}, 'smoke': {}}
+FEWER_LONGER = {                            # as long as the experiment's; tuned from one of these
+    f'jepa-nano-{start}-{n}': n / 100 for n in (10, 20, 50) for start in ('supervised', 'tuned')}
 EXPERIMENT = [f'{system}-{row}' for system in system_names() for row in (
     'pixels-nano', 'jepa-nano-next', 'jepa-nano-next-infonce', 'jepa-nano', 'jepa-nano-infonce',
     'jepa-nano-supervised')]
@@ -94,6 +97,7 @@ def read_records(cells, names, variants=True):
                 variant = ''
             start = result['run']['settings'].get('init')
             variant = IN_WORDS.get(variant, variant)
+            start = re.sub(r'-seed\d+$', '', Path(start).name) if start else ''
             title = ', '.join(filter(None, [result['row'], variant, start and f'from {start}']))
             add_records(found.setdefault(name.partition('-')[0], {}), cell, result, title)
     return found
@@ -340,16 +344,21 @@ def label_curves(cells, system, preset='nano'):
     An encoder trained with labels has its own share of them: `from scratch`. Where that was
     measured, the same random weights have errors of the attentive probe, too.
     """
-    of_share, curves = {1.0: paper_records(cells, preset).get(system, {})}, {}
-    for row, share in FEWER[preset].items():
-        of_share |= {share: read_records(cells, [f'{system}-{row}'], False).get(system, {})}
+    if preset == 'experiment':
+        every, rows = read_records(cells, EXPERIMENT), FEWER_LONGER
+    else:
+        every, rows = paper_records(cells, preset), FEWER[preset]
+    of_share, curves = {1.0: every.get(system, {})}, {}
+    for row, share in rows.items():
+        records = read_records(cells, [f'{system}-{row}'], False).get(system, {})
+        of_share.setdefault(share, {}).update(records)
     fewer = {title for share, records in of_share.items() for title in records if share < 1}
 
     for share, records in of_share.items():
         for title, p in product(records, PROBES):
             own, name = {share: errors_of(records, title, p)}, title
-            if title.endswith('supervised'):
-                name = f'{title}, from scratch'
+            if 'supervised' in title:
+                name = title if 'from' in title else f'{title}, from scratch'
             # else probes that had a share of the labels
             elif not (p == 'attentive' and 'random init' in title and title in fewer):
                 own = {float(column): errors_of(records, title, p, column, 'labels')
@@ -418,6 +427,7 @@ def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
+              ('labels', 2): labels_table,
               ('carried', 1): carried_table, ('compare', 0): compare}
     if kind in ('experiment', 'other-ways'):
         return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS,

@@ -66,7 +66,7 @@ class Ran(list):
         script, flags, name = Path(command[1]), command[2:], self.making.name
         assert command[0] == sys.executable and script.parent == report.HERE
         script = script.name
-        with open(f'rows/{name}.lock') as mine, pytest.raises(BlockingIOError):      # nobody else makes it
+        with open(f'{cell_of(name).run}.lock') as mine, pytest.raises(BlockingIOError):      # nobody else makes it
             fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert env['OMP_NUM_THREADS'] == os.environ.get('OMP_NUM_THREADS', '1')
         self.append((name, script, flags))
@@ -78,6 +78,8 @@ class Ran(list):
 
     def pretend(self, name, script, flags):
         cell = cell_of(name, data_dir=flags[flags.index('--data-dir') + 1])
+        if cell.start and str(cell.start.run) == flags[flags.index('--out') + 1 if '--out' in flags else 0]:
+            cell, name = cell.start, cell.start.name
         if script == 'train.py' and not (cell.run / 'ckpt.pt').exists():
             assert flags == cell.train[1:]
             put_run(name, cell=cell)
@@ -163,6 +165,32 @@ def test_what_is_scored_belongs_to_its_row(ran):
     assert ran[-1][2] == [f'rows/{TUNED}-seed0', '--split', 'test', '--finetune', '5', '--finetune-lr', '1e-3',
                           '--data-dir', 'data/seed0']
     assert set(SCORED) <= set(ROWS)
+
+
+def test_a_cell_may_start_from_another_ones_run(ran):
+    """Whose training comes first, if it is not there, and is not scored."""
+    row, base = 'shear_flow-jepa-nano-tuned-10', 'shear_flow-jepa-nano-infonce'
+    assert settings_of(cell_of(f'{row}-seed1'))[0]['init'] == f'rows/{base}-seed1'
+    benchmark.main([f'{row}-seed1', '--jobs', '1'])
+    assert ran.scripts() == ['simulate.py', 'train.py', 'simulate.py', 'train.py', 'eval.py']
+    flags = [flags for _, script, flags in ran if script == 'train.py']
+    assert flags[0][flags[0].index('--out') + 1] == flags[1][flags[1].index('--init') + 1] == f'rows/{base}-seed1'
+    assert '--init' not in flags[0] and [p.stem for p in Path('results/cells').iterdir()] == [f'{row}-seed1']
+    ran.clear()
+    benchmark.main([f'{row}-seed1', '--jobs', '1'])
+    assert not ran
+
+
+def test_a_run_may_be_scored_in_two_ways(ran):
+    """It is trained once; each way has its result."""
+    row, base = 'shear_flow-jepa-nano-at-noise', 'shear_flow-jepa-nano'
+    benchmark.main([base, row, '--seeds', '1', '--jobs', '1'])
+    assert [flags[0] for _, script, flags in ran if script == 'eval.py'] == [f'rows/{base}-seed0'] * 2
+    ways = [json.loads(Path(f'results/cells/{name}-seed0.json').read_text())['probe'] for name in (base, row)]
+    assert [(way['noise'], way['generalize']) for way in ways] == [(-1.0, 'labels'), (0.3, '')]
+    ran.clear()
+    benchmark.main([base, row, '--seeds', '1', '--jobs', '1'])
+    assert not ran
 
 
 def test_what_was_not_scored_to_the_end_is_scored_again(ran):

@@ -69,8 +69,8 @@ def test_means_over_seeds(tmp_path):
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
     assert rows['JEPA'][:3] == ['3', '100', '0.300 ± 0.100 ~ [0.200, 0.400]']
     assert rows['JEPA: random init'][2].startswith('0.600 ± 0.200 [')
-    assert rows['JEPA, paired, from out/x'][:2] == ['1', '200']
-    assert rows['JEPA, paired, from out/x'][2].startswith('0.500 [0.450, 0.550]')
+    assert rows['JEPA, paired, from x'][:2] == ['1', '200']
+    assert rows['JEPA, paired, from x'][2].startswith('0.500 [0.450, 0.550]')
     assert rows['field statistics'][0] == '3' and len(rows) == 5         # each dataset's once, not each model's
     assert rows['field statistics'][2:4] == ['-', '0.020 ± 0.010 [0.007, 0.033]']
     each = report.summary(read_cells(tmp_path), ['parameters', 'a-nano']).splitlines()
@@ -385,7 +385,7 @@ def test_the_words_of_a_marker_choose_its_table(monkeypatch):
     for name, words in kinds.items():
         assert report.make_table(words.split(), {}) == (name, {}, *words.split()[1:])
     assert report.make_table(['table-1'], {}) == ('table_one', {})
-    for names in ['parameters', 'a-nano'], ['labels'], ['cost', 'a-nano'], ['labels', 'a', 'b']:
+    for names in ['parameters', 'a-nano'], ['labels'], ['cost', 'a-nano'], ['labels', 'a', 'b', 'c']:
         assert report.make_table(names, {}) == ('summary', {}, names)
 
 
