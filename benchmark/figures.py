@@ -54,8 +54,9 @@ def draw_targets(args, cells):
         raise ValueError('no results: python -m benchmark.cells experiment')
     figure = canvas(12, 5)
     *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.2])
-    titles = [t for t in dict.fromkeys(title for records in found.values() for title in records)
-              if t not in SHARED and not t.endswith('random init')]
+    titles = [title for title in dict.fromkeys(t for records in found.values() for t in records)
+              if any(errors_of(records, title, 'attentive') for records in found.values())
+              and 'random init' not in title]
 
     for ax, (system, records) in zip(panels, found.items()):
         for (i, title), (j, p) in product(enumerate(titles), enumerate(PROBES)):
