@@ -513,6 +513,7 @@ class Split:
             window = out[i].numpy()
             cut = np.empty(window.shape, np.float32) if element else window
             wrapped_copy(fields, x0, y0, cut)
+            # turned, it goes to its place
             if element:
                 transform(cut, self.components, element, window)
         return out

@@ -440,9 +440,9 @@ def result_of(run, args, found):
     log, step, seconds = run.path.with_name('log.jsonl'), run.state['step'], run.state['seconds']
     result = {
         'system': run.c.data, 'split': args.split, 'labels': run.shown, 'row': run.name,
-        'rows': scores, 'by_run': by_run, 'chosen': chosen,
-        'labels_by_run': run.labels_by_run(args.split),
-        'parameters': {'encoder': in_encoder, 'all': in_all,
+        'rows': scores, 'by_run': by_run, 'labels_by_run': run.labels_by_run(args.split),
+        # the encoder
+        'chosen': chosen, 'parameters': {'encoder': in_encoder, 'all': in_all,
                        'attentive probe': sum(p.numel() for p in head.parameters())},
         'rank': {'effective': rank, 'of': means.shape[1]},
         **({'generalization': generalization} if args.generalize else {}),
@@ -546,6 +546,7 @@ def merge_rows(results, key='rows'):
     rows, products, shared, paper = {}, {}, {}, {}
     for r, name in zip(results, names_of(results)):
         for title, row in r[key].items():
+            # a number of the paper, a row of this run, or one of all runs
             same = all(other[key].get(title) == row for other in results)
             if title.endswith(PUBLISHED_ROW):
                 paper[title] = row
@@ -657,11 +658,6 @@ def main(argv=None):
     at_least(args, 1, 'batch', 'epochs')
     at_least(args, 0, 'stride', 'mlp_ratio', 'finetune_lr', 'ridge', 'k')
     at_least(args, -1, 'seed', 'noise')
-    if not set(args.generalize.split(',')) <= {*generalize.PARTS, ''}:
-        raise ValueError(f'--generalize is some of {",".join(generalize.PARTS)}, not '
-                         f'{args.generalize!r}')
-    if args.noise >= 0 and 'inputs' in args.generalize:
-        raise ValueError('--noise and --generalize inputs both spoil fields: choose one')
     for name, *choices in (('split', 'valid', 'test'), ('probe', 'ours', 'paper'),
                            ('fractions', 'runs', 'windows'), ('metric', *probe.METRICS, 'valid')):
         if getattr(args, name) not in choices:
@@ -673,6 +669,12 @@ def main(argv=None):
         raise ValueError("the paper's probe is scored on valid: --split valid")
     if args.finetune:
         finetune.epochs_of(args.finetune)
+    # parts of --generalize, and what spoils fields
+    if not set(args.generalize.split(',')) <= {*generalize.PARTS, ''}:
+        raise ValueError(f'--generalize is some of {",".join(generalize.PARTS)}, not '
+                         f'{args.generalize!r}')
+    if args.noise >= 0 and 'inputs' in args.generalize:
+        raise ValueError('--noise and --generalize inputs both spoil fields: choose one')
     # a file that could not be written, hours later
     file = Path(args.save_embeddings).absolute()
     if args.save_embeddings and len(paths) > 1:

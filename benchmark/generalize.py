@@ -145,6 +145,8 @@ def print_carried(result):
                  *(f'{value} (seen)' for value in parts['values']), *parts['inputs']]}
     for title, carried in found.items():
         probes = [p for part in carried.values() for errors in part.values() for p in errors]
+
+        # '-' where a probe was not tried
         for p in dict.fromkeys(probes):
             texts = rows[f'{title}, {p}'] = []
             for part, hows in parts.items():

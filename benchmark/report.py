@@ -32,7 +32,7 @@ import numpy as np
 
 import model as models
 from benchmark.generalize import number
-from eval import PROBES, SHARED, interval
+from eval import PROBES, PRODUCTS, SHARED, interval
 from systems import system_names
 from train import GONE, OF_MACHINE
 
@@ -96,6 +96,7 @@ def read_records(cells, names, variants=True):
             if not variants or result['row'].endswith(variant.rpartition('-')[2]):
                 variant = ''
             start = result['run']['settings'].get('init')
+            # and its words
             variant = IN_WORDS.get(variant, variant)
             start = re.sub(r'-seed\d+$', '', Path(start).name) if start else ''
             title = ', '.join(filter(None, [result['row'], variant, start and f'from {start}']))
@@ -348,6 +349,7 @@ def label_curves(cells, system, preset='nano'):
         every, rows = read_records(cells, EXPERIMENT), FEWER_LONGER
     else:
         every, rows = paper_records(cells, preset), FEWER[preset]
+
     of_share, curves = {1.0: every.get(system, {})}, {}
     for row, share in rows.items():
         records = read_records(cells, [f'{system}-{row}'], False).get(system, {})
@@ -355,10 +357,13 @@ def label_curves(cells, system, preset='nano'):
     fewer = {title for share, records in of_share.items() for title in records if share < 1}
 
     for share, records in of_share.items():
-        for title, p in product(records, PROBES):
+        titles = [t for t in records if not t.endswith((PRODUCTS, 'its own head'))]
+        for title, p in product(titles, PROBES):
+            # what was trained with so many labels
             own, name = {share: errors_of(records, title, p)}, title
             if 'supervised' in title:
                 name = title if 'from' in title else f'{title}, from scratch'
+
             # else probes that had a share of the labels
             elif not (p == 'attentive' and 'random init' in title and title in fewer):
                 own = {float(column): errors_of(records, title, p, column, 'labels')
@@ -371,9 +376,10 @@ def label_curves(cells, system, preset='nano'):
     return {(t, p): curves[t, p] for t in titles for p in PROBES if (t, p) in curves}
 
 def labels_table(cells, system, preset='nano'):
-    """`label_curves`: a row for each encoder and probe, without the nearest neighbours."""
+    """`label_curves`: a row for each encoder and two probes."""
     curves = label_curves(cells, system, preset)
-    rows = [(title, p) for title, p in curves if p != 'knn']
+    shown = ('linear', 'knn') if preset == 'experiment' else ('attentive', 'linear')
+    rows = [(title, p) for title, p in curves if p in shown]
     table = {system: [title for title, _ in rows], 'probe': [p for _, p in rows]}
     for share in sorted({share for curve in curves.values() for share in curve}):
         table[f'{share:.0%}'] = [show(curves[row].get(share, [])) for row in rows]
@@ -427,11 +433,13 @@ def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
-              ('labels', 2): labels_table,
-              ('carried', 1): carried_table, ('compare', 0): compare}
+              ('labels', 2): labels_table, ('carried', 1): carried_table, ('compare', 0): compare}
+
+    # with words of their own
     if kind in ('experiment', 'other-ways'):
         return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS,
                             tuple(rest) or PROBES)
+
     if kind == 'runs':
         return by_runs(cells, rest[0], rest[1:])
     if kind == 'summary-table' and rest:

@@ -11,7 +11,7 @@ from helpers import HERE, files_of, make_published, refused
 from systems import find_system
 from test_report import result
 
-BENCHMARK = {'jepa-nano-vicreg': 'JEPA', 'disco-nano': 'DISCO', 'jepa-nano-short-supervised': 'JEPA, supervised'}
+BENCHMARK = {'jepa-nano-vicreg': 'JEPA', 'jepa-nano-next': 'JEPA', 'disco-nano': 'DISCO', 'jepa-nano-short-supervised': 'JEPA, supervised'}
 SHARES = {0.1: 3.0, 0.5: 2.0, 1.0: 1.0}                                  # and the error there, in units of the last
 
 
@@ -136,6 +136,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('THE_WELL_DATA_DIR', '')
     monkeypatch.chdir(tmp_path)
     make_published(tmp_path / 'data' / 'seed0')
+    put(folder, 'active_matter', 'jepa-nano-next', 0.3, 0)
     figures.main(['--results', str(folder)])
     *saved, left_out = capsys.readouterr().out.splitlines()
     drawn = {path.name for path in (tmp_path / 'figures').iterdir()}
