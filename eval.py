@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -47,9 +48,9 @@ from train import MAY_CHANGE, config_of
 LOADED = 2**26                                                 # bytes of windows embedded at once
 PROBES = 'attentive', 'linear', 'knn'
 PUBLISHED_ROW = ', the paper (valid)'                          # ends the name of a published row
+PRODUCTS, OF_CLEAN = ', with products', ', probe of clean fields'        # end rows' names
 # rows that do not depend on the run
-PRODUCTS = ', with products'                                   # ends a row of up to 64 features
-SHARED = 'field statistics', f'field statistics{PRODUCTS}', 'predict the mean'
+SHARED = 'predict the mean', *(f'field statistics{how}' for how in ('', PRODUCTS, OF_CLEAN))
 CLOCKS = {'step', 'lr', 'samples_per_s', 'seconds', 'waiting', 'memory_gb'}       # terms of the log
 TUNED = ('split', 'probe', 'epochs', 'mlp_ratio', 'seed', 'finetune', 'finetune_lr', 'generalize',
          'fractions', 'probes', 'ridge', 'k', 'metric', 'noise')         # what rows depend on
@@ -269,8 +270,11 @@ def probe_row(run, args, splits, fit, trained):
                                   for draw in range(generalize.DRAWS)]
         return generalize.measure(splits, fit, args.generalize, runs, orders, args.split,
                                   run.path.parent, trained)
-    few = run.c.label_fraction < 1                             # windows: as many steps all the same
-    return fit(splits, epochs=generalize.epochs_for(len(splits['train'][1])) if few else 0), None
+    return fit(splits, epochs=epochs_of(run, splits)), None
+
+def epochs_of(run, splits):
+    """Epochs of the attentive probe at least: few windows, but as many steps all the same."""
+    return generalize.epochs_for(len(splits['train'][1])) if run.c.label_fraction < 1 else 0
 
 class Found(NamedTuple):    # by evaluate_row
     rows: dict = {}         # {title: row}
@@ -330,7 +334,7 @@ def evaluate_row(run, args, title):
     rows = {title: row}                                        # of the table
     if noisy:                                                  # a probe that saw no noise
         scored = clean | {'scored': splits[args.split]}
-        rows[f'{title}, probe of clean fields'] = fit(scored)
+        rows[title + OF_CLEAN] = fit(scored, epochs=epochs_of(run, scored))
     few = splits['train'][0].shape[2] <= 64
     if 'linear' in args.probes and few and (trained or by_hand):
         named = {name: splits[name] for name in run.splits}
@@ -388,7 +392,8 @@ def evaluate(paths, args):
             untrained[begun] = [evaluate_row(run, args, f'random {what}')
                                 for what in ('init', 'features')]
         # and what a physicist would measure
-        drawn = args.generalize or run.c.label_fraction < 1    # their labels, by the seed
+        # their labels, and their noise, by the seed
+        drawn = args.generalize or args.noise > 0 or run.c.label_fraction < 1
         seen = run.c.resolution, run.c.whole, run.c.label_fraction, drawn and run.c.seed
         if seen not in statistics:
             statistics[seen] = evaluate_row(run, args, 'field statistics')
@@ -429,7 +434,7 @@ def result_of(run, args, found):
     published = models.PUBLISHED.get(run.c.model, {}).get(run.c.data)
     theirs = not read_recipe(run.root) and is_complete(run.root, run.system, run.splits)
     theirs = theirs and {*run.system.symbols} <= {*run.shown} and not run.c.supervised
-    if published and theirs and 'attentive' in args.probes:
+    if published and theirs and 'attentive' in args.probes and args.noise < 0:
         scores[run.name + PUBLISHED_ROW] = {'attentive': {'mean': published}}
     # the encoder, in numbers
     means = found[0].means['train']                            # (n, D)
@@ -564,6 +569,7 @@ def repeats(results):
     groups = {}
     for r, name in zip(results, names_of(results)):
         same = {k: v for k, v in r['run']['settings'].items() if k not in (*MAY_CHANGE, 'seed')}
+        same['init'] = re.sub(r'-seed\d+$', '', same.get('init') or '')
         groups.setdefault(f'{r["run"].get("step")} {same}', []).append((name, r))
     # named by what their folders' names have in common
     named = {}
@@ -592,8 +598,10 @@ def print_table(results):
     columns, probes = [*first['labels'], 'mean'], [p for p in PROBES
                                                    if any(p in row for row in rows.values())]
     width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
-    print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split (guessing the '
-          f'mean: 1)\n')
+    noise = first.get('probe', {}).get('noise', -1.0)
+    noisy = f', noise {noise:g} on the fields' if noise >= 0 else ''
+    print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split{noisy} '
+          f'(guessing the mean: 1)\n')
     # errors
     print((' ' * width + '   '.join(f'{p:^{each * len(columns)}}' for p in probes)).rstrip())
     print(' ' * width + '   '.join(''.join(f'{c:>{each}}' for c in columns) for _ in probes))
@@ -673,8 +681,9 @@ def main(argv=None):
     if not set(args.generalize.split(',')) <= {*generalize.PARTS, ''}:
         raise ValueError(f'--generalize is some of {",".join(generalize.PARTS)}, not '
                          f'{args.generalize!r}')
-    if args.noise >= 0 and 'inputs' in args.generalize:
-        raise ValueError('--noise and --generalize inputs both spoil fields: choose one')
+    if args.noise >= 0 and ('inputs' in args.generalize or args.finetune):
+        raise ValueError('--noise is for frozen encoders, and --generalize inputs has its own: '
+                         'choose one')
     # a file that could not be written, hours later
     file = Path(args.save_embeddings).absolute()
     if args.save_embeddings and len(paths) > 1:

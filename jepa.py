@@ -228,7 +228,7 @@ class JEPA(nn.Module):
         # embed both; `self.embedding` keeps one for logs
         if self.teacher is None:
             z, z_next = self.encoder(context), self.encoder(target)      # (B, D, h, w)
-            self.embedding = z_next.detach()
+            self.embedding = z_next.detach().clone()         # compiled, a view of z_next crashes
         else:
             z = self.encoder(context)                                    # (B, D, h, w)
             self.embedding = z.detach()
@@ -254,7 +254,7 @@ class JEPA(nn.Module):
             partner = torch.randperm(z[0, 0].numel(), generator=generator).to(z.device)
             z_next = z_next.flatten(2)[:, :, partner].view_as(z_next)
         with autocast(p.device):                                         # in full precision
-            return self.loss(p, z_next, generator, runs)
+            return self.loss(p, z_next, generator, **({'runs': runs} if self.needs_runs else {}))
 
     def loss(self, p, z_next, generator, runs=None):
         """{'loss', and its terms} of predicted and actual embeddings (B, D, h, w), of runs (B,)."""

@@ -21,7 +21,8 @@ keeps the last embedding, detached, as self.embedding, for the log. It may have
                     load_published(network, path); classes called Block, for --recompute; their
                     `mlp` is what --recompute mlp repeats, on a GPU by itself if it is a method:
                     it takes and gives (B, ..., D), and mixes no places
-    in the network  encoder.dim, for --supervised; needs_runs, true if its forward takes the
+    in the network  encoder.dim, for --supervised; encoder.head, its last layers: eval.py also reads
+                    random features without them; needs_runs, true if its forward takes the
                     keyword runs (B,); after_step(share of steps done), after each step;
                     undecayed(name, parameter), true for what weight decay leaves alone
 """

@@ -8,8 +8,8 @@ How far does an embedding carry?  python eval.py out/... --split test --generali
     inputs    probes fitted to clean fields, scored on noisy ones, in units of a channel's std, and
               on fields at half resolution
 
-Probes choose on valid, without the held-out values. The attentive one is fitted for `inputs` alone,
-and to the trained encoder.
+Probes choose on valid, without the held-out values. The attentive one is fitted once, for the table
+and for `inputs`.
 """
 import math
 

@@ -4,7 +4,8 @@ Tables over seeds, in Markdown: those of README.md, docs/notebook.md and results
     python -m benchmark.report              # write every table of these pages anew
     python -m benchmark.report --check      # only say whether they are what results/cells/ gives
 
-A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. The words:
+A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. The words, after
+`older` of results/older/:
 
     NAME NAME                      rows of the benchmark; after `parameters`, with each parameter
     runs LABEL=VALUE NAME NAME     means and medians of test runs; of those with this value, apart
@@ -32,7 +33,7 @@ import numpy as np
 
 import model as models
 from benchmark.generalize import number
-from eval import PROBES, PRODUCTS, SHARED, interval
+from eval import OF_CLEAN, PROBES, PRODUCTS, SHARED, interval
 from systems import system_names
 from train import GONE, OF_MACHINE
 
@@ -49,7 +50,7 @@ FEWER = {                                   # encoders that learn from a share o
 FEWER_LONGER = {                            # as long as the experiment's; tuned from one of these
     f'jepa-nano-{start}-{n}': n / 100 for n in (10, 20, 50) for start in ('supervised', 'tuned')}
 EXPERIMENT = [f'{system}-{row}' for system in system_names() for row in (
-    'pixels-nano', 'jepa-nano-next', 'jepa-nano-next-infonce', 'jepa-nano', 'jepa-nano-infonce',
+    'jepa-nano-next', 'jepa-nano-next-infonce', 'jepa-nano', 'jepa-nano-infonce', 'pixels-nano',
     'jepa-nano-supervised')]
 OTHER_WAYS = [f'{system}-{row}' for system in ('active_matter', 'shear_flow') for row in (
     'jepa-nano-vicreg', 'jepa-nano-sigreg', 'jepa-nano-ema', 'jepa-nano-short-supervised',
@@ -73,6 +74,10 @@ def read_cells(folder):
     """{name: eval.json} of all cells SYSTEM-ROW-seedN of a folder, by name."""
     return {path.stem: json.loads(path.read_text())
             for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
+
+def without_seed(run):
+    """The name of a run's folder, without its seed."""
+    return re.sub(r'-seed\d+$', '', run)
 
 def seeds_of(cells, name):
     """The cells of all seeds of a row SYSTEM-ROW, or one cell: {name: eval.json}."""
@@ -98,7 +103,7 @@ def read_records(cells, names, variants=True):
             start = result['run']['settings'].get('init')
             # and its words
             variant = IN_WORDS.get(variant, variant)
-            start = re.sub(r'-seed\d+$', '', Path(start).name) if start else ''
+            start = without_seed(Path(start).name) if start else ''
             title = ', '.join(filter(None, [result['row'], variant, start and f'from {start}']))
             add_records(found.setdefault(name.partition('-')[0], {}), cell, result, title)
     return found
@@ -124,6 +129,7 @@ def check_alike(cell, result, seen):
     table['field'] = result['field'].partition(',')[0]                   # in tiles or not
     row = result['run']['settings'] | {k: probe.get(k) for k in ('finetune', 'finetune_lr')}
     row['on noise'] = probe.get('noise', -1.0)
+    row['init'] = without_seed(row.get('init') or '')                    # it has this seed, too
     row = {k: v for k, v in row.items() if k not in free}
 
     for name, settings in {cell.partition('-')[0]: table, cell.rpartition('-')[0]: row}.items():
@@ -137,7 +143,8 @@ def add_records(records, cell, result, own):
 
     Raises ValueError if other errors, or those of another training, have the same place.
     """
-    model, floors = result['row'].partition(',')[0], ('random init', 'random features')
+    model = result['row'].partition(',')[0]
+    floors = [f'random {what}{how}' for what in ('init', 'features') for how in ('', OF_CLEAN)]
     for encoder, by_run in result['by_run'].items():
         rows = result['rows'][encoder]
         errors = {c: {p: rows[p][c] for p in rows} for c in (*result['labels'], 'mean')}
@@ -181,6 +188,8 @@ def results_of(records, title):
 def floor_of(title, records):
     """The title of the random weights that an encoder began with, fine-tuned if it was."""
     model, comma, rest = title.partition(',')
+    if rest.endswith(OF_CLEAN):
+        return f'{model}: random init{OF_CLEAN}'
     tuned = f'{model}: random init{comma}{rest}'
     return tuned if tuned in records else f'{model}: random init'
 
@@ -432,6 +441,8 @@ def cost_table(cells, preset='nano'):
 def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
+    if kind == 'older':
+        return make_table(rest, read_cells(HERE / 'results' / 'older'))
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
               ('labels', 2): labels_table, ('carried', 1): carried_table, ('compare', 0): compare}
 

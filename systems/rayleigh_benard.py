@@ -188,7 +188,7 @@ def solver(pairs, keys, p, device):
     starts = []
     for seed, split, pair, run in keys:
         # each run has its own: in The Well they are five, and tell training from test runs nothing
-        db = np.random.default_rng([seed, split, pair, run, 1]).uniform(0.2, 1.0)
+        db = np.random.default_rng([seed, split, pair, run, 1]).uniform(*p.settings['db'])
         starts.append(rayleigh_benard_start(*p.grid, db, [seed, split, pair, run],
                                             p.settings['noise'], device=device))
     return RayleighBenard(*zip(*pairs), torch.stack(starts))
@@ -210,9 +210,9 @@ SYSTEM = System(
     presets={
         'nano': Preset(
             (96, 32), 80, [(r, p) for p in PRANDTL for r in (2.5e3, 8e3, 2.5e4, 8e4)],
-            dict(train=3, valid=1, test=5), 4, settings=dict(noise=0.1),
+            dict(train=3, valid=1, test=5), 4, settings=dict(noise=0.1, db=(0.2, 1.0)),
             about='96 x 32, 80 frames, 28 pairs at Ra 2.5e3 to 8e4, 252 runs: 0.9 GB, 2 minutes'),
         'well': Preset(
             (512, 128), 200, [(r, p) for p in PRANDTL for r in (1e6, 1e7, 1e8, 1e9, 1e10)],
-            dict(train=40, valid=5, test=5), 1, settings=dict(noise=1e-3),
+            dict(train=40, valid=5, test=5), 1, settings=dict(noise=1e-3, db=(0.2, 1.0)),
             about='512 x 128, 200 frames, 35 pairs, 1750 runs: 370 GB; for a GPU, not timed')})

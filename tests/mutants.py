@@ -126,7 +126,7 @@ MUTANTS = [                                              # file, what stands the
     # the experiment: its data, its losses, what a table is made of
     ('systems/rayleigh_benard.py', '[seed, split, pair, run, 1]', '[seed, pair, run, 1]', SIMULATE + ' -k one_db'),
     ('systems/rayleigh_benard.py', '[seed, split, pair, run, 1]', '[seed, split, run, 1]', SIMULATE + ' -k one_db'),
-    ('systems/rayleigh_benard.py', 'uniform(0.2, 1.0)', 'choice([0.2, 0.4, 0.6, 0.8, 1.0])', SIMULATE + ' -k one_db'),
+    ('systems/rayleigh_benard.py', "uniform(*p.settings['db'])", 'choice([0.2, 0.4, 0.6, 0.8, 1.0])', SIMULATE + ' -k one_db'),
     ('objectives.py', 'if runs is not None:', 'if False:', LOSSES + ' -k infonce'),
     ('objectives.py', '& (partner[:, None] != partner)', '& (partner[:, None] < partner)', LOSSES + ' -k infonce'),
     ('train.py', "{'runs': runs.to(x.device)} if needs_runs else {}", '{}', LOSSES + ' -k told_the_runs'),

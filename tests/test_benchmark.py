@@ -348,7 +348,7 @@ def test_a_dry_run_makes_nothing_and_counts(ran, capsys):
 def test_what_a_cpu_made_is_not_stale_where_there_is_a_gpu(ran, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
-    file = HERE / 'results' / 'cells' / 'active_matter-jepa-nano-sigreg-seed0.json'
+    file = HERE / 'results' / 'cells' / 'active_matter-jepa-nano-seed0.json'
     assert why_stale(cell_of(file.stem), json.loads(file.read_text())) == ('', '')
 
 

@@ -379,9 +379,11 @@ def test_noise_is_on_all_fields(trained, here, monkeypatch, capsys):
         later = next(splits for splits in seen[seen.index(None) + 1:])
         assert torch.equal(later['test'][0], seen[0]['test'][0]) == same
         seen[:] = seen[:1]
-    with pytest.raises(SystemExit):
-        evaluation.main(['out/a', '--noise', '0.1', '--generalize', 'inputs'])
-    assert 'choose one' in capsys.readouterr().err
+    for flag in ['--generalize', 'inputs'], ['--finetune']:
+        with pytest.raises(SystemExit):
+            evaluation.main(['out/a', '--noise', '0.1', *flag])
+        assert 'choose one' in capsys.readouterr().err
+    assert 'noise 0 on the fields' in says(capsys, 'out/a', *QUICK, '--probes', 'linear', '--noise', 0)
 
 
 def test_an_encoder_is_tuned_from_a_run_without_labels(well, here, capsys):
@@ -407,3 +409,50 @@ def test_every_windows_label_is_its_runs(well, here):
         for i, (which, t) in enumerate(run.windows[name]):
             assert torch.allclose(tokens[i, 0], torch.tensor(split.fields[which, :, t].mean((1, 2))), atol=1e-5)
             assert labels[i].tolist() == pytest.approx(by_hand[which].tolist())
+
+
+def test_labels_by_run_are_those_of_the_files(well, here, capsys):
+    """In the order of `by_run`, whose errors are of the same runs."""
+    made(well, 'out/a')
+    says(capsys, 'out/a', *QUICK, '--split', 'test', '--probes', 'linear')
+    result = json.loads((here / 'out/a/eval.json').read_text())
+    by_hand = [(f['scalars/alpha'][()], f['scalars/zeta'][()]) for f in map(h5py.File, files_of(well / 'active_matter', 'test'))
+               for _ in range(len(f['t0_fields/concentration']))]
+    assert list(zip(result['labels_by_run']['alpha'], result['labels_by_run']['zeta'])) == by_hand
+    assert len(result['by_run']['JEPA']['linear']) == len(by_hand)
+
+
+def test_runs_that_begin_alike_share_their_floors(well, here, monkeypatch, capsys):
+    """Whatever they learn from there, and whatever the model's name; not if they are embedded or probed otherwise."""
+    for name, flags in dict(one=[], two=['--lr', 0.5, '--loss', 'infonce'], three=['--noise', 0.5], four=['--seed', 1]).items():
+        train([str(v) for v in (*NANO, '--data-dir', well, '--steps', 1, '--out', f'out/{name}', *flags)])
+    pixels = [*NANO[:NANO.index('--model')], *NANO[NANO.index('--model') + 2:]] if '--model' in NANO else NANO
+    train([str(v) for v in (*pixels, '--model', 'pixels', '--views', 'paired', '--data-dir', well, '--steps', 1, '--out', 'out/five')])
+    asked, row = [], evaluation.evaluate_row
+    monkeypatch.setattr(evaluation, 'evaluate_row', lambda run, args, title: asked.append((run.path.parent.name, title)) or row(
+        run, args, title))
+    runs = [f'out/{name}' for name in ('one', 'two', 'three', 'four', 'five')]
+    says(capsys, *runs, *QUICK, '--probes', 'linear')
+    assert [name for name, title in asked if title == 'random init'] == ['one', 'three', 'four']
+    results = [json.loads((here / run / 'eval.json').read_text()) for run in runs]
+    floors = [result['rows']['random init'] for result in results]
+    assert floors[0] == floors[1] == floors[4] != floors[2] and floors[3] != floors[0]
+
+    # what they depend on besides
+    run = evaluation.Run('out/one', evaluation.Settings(stride=24))
+    begun = {run.beginning()}
+    for change in (lambda: setattr(run, 'mlp_ratio', 3.0), lambda: setattr(run, 'probe_seed', 9),
+                   lambda: setattr(run.c, 'label_fraction', 0.5), lambda: setattr(run.c, 'dtype', 'bfloat16')):
+        change()
+        begun.add(run.beginning())
+    assert len(begun) == 5
+
+
+def test_products_of_many_features_are_no_row(trained, here, monkeypatch, capsys):
+    shutil.copytree(trained, 'out/a')
+    embed = evaluation.Run.embed
+    for width in 64, 65:
+        monkeypatch.setattr(evaluation.Run, 'embed', lambda *args, **how: {
+            name: (torch.randn(len(x), 1, width), y) for name, (x, y) in embed(*args, **how).items()})
+        assert ('JEPA, with products' in says(capsys, 'out/a', *QUICK, '--probes', 'linear')) == (width == 64)
+        monkeypatch.setattr(evaluation.Run, 'embed', embed)

@@ -109,7 +109,8 @@ def test_one_row_is_one_experiment(tmp_path):
     write(tmp_path, 'a-nano-seed0', 0.2, 0)
     write(tmp_path, 'a-nano-seed1', 0.3, 1, run=run(out='out/elsewhere', seed=1))
     assert '| JEPA | 2 |' in report.summary(read_cells(tmp_path), ['a-nano'])
-    for changes in dict(run=run(lr=0.1)), dict(probe={**PROBE, 'finetune': '5'}), dict(seeds=SEEDS):
+    for changes in (dict(run=run(lr=0.1)), dict(probe={**PROBE, 'finetune': '5'}), dict(seeds=SEEDS),
+                    dict(probe={**PROBE, 'noise': 0.3}), dict(run=run(init='rows/other-seed1'))):
         write(tmp_path, 'a-nano-seed1', 0.3, 1, **changes)
         with pytest.raises(ValueError, match='a-nano-seed1.json'):
             report.summary(read_cells(tmp_path), ['a-nano'])
@@ -118,6 +119,39 @@ def test_one_row_is_one_experiment(tmp_path):
         tuned[key]['JEPA, fine-tuned'] = tuned[key]['JEPA']
     (tmp_path / 'b-nano-seed0.json').write_text(json.dumps(tuned))
     assert '| JEPA, fine-tuned | 1 |' in report.summary(read_cells(tmp_path), ['b-nano'])
+
+
+def test_seeds_may_start_from_runs_of_their_own_seeds(tmp_path):
+    for seed in 0, 1:
+        r = result(0.1, seed, 'JEPA, supervised', run=run(init=f'rows/a-infonce-seed{seed}', seed=seed))
+        (tmp_path / f'a-nano-tuned-seed{seed}.json').write_text(json.dumps(r))
+    assert '| JEPA, supervised, tuned, from a-infonce | 2 |' in report.summary(read_cells(tmp_path), ['a-nano-tuned'])
+    assert len(tables.repeats(list(read_cells(tmp_path).values()))) == 1
+
+
+def test_a_probe_of_clean_fields_has_its_own_floor(tmp_path):
+    for seed in 0, 1:
+        r = result(0.3 + 0.01 * seed, seed)
+        for key in 'rows', 'by_run':
+            for row, e in ('JEPA', 0.35), ('random init', 0.36), ('field statistics', 0.01):
+                r[key][f'{row}, probe of clean fields'] = result(e + 0.01 * seed, seed)[key]['JEPA']
+        (tmp_path / f'a-nano-at-noise-seed{seed}.json').write_text(json.dumps(r))
+    rows = {line.split(' | ')[0][2:]: line.split(' | ')[3] for line in
+            report.summary(read_cells(tmp_path), ['a-nano-at-noise']).splitlines()[2:]}
+    assert rows['JEPA, at-noise, probe of clean fields'].startswith('0.355 ± 0.007 ~')           # of 0.365, not of 0.61
+    assert '~' not in rows['JEPA, at-noise'] and {'JEPA: random init, probe of clean fields',
+                                                   'field statistics, probe of clean fields'} <= rows.keys()
+
+
+def test_older_results_have_tables_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'HERE', tmp_path)
+    for name, error in ('cells', 0.2), ('older', 0.4):
+        (tmp_path / 'results' / name).mkdir(parents=True)
+        write(tmp_path / 'results' / name, 'a-nano-seed0', error, 0)
+    page = ''.join(f'<!-- results: {words} -->\n<!-- /results -->\n' for words in ('a-nano', 'older a-nano'))
+    shown = report.with_tables(page, read_cells(tmp_path / 'results/cells'))
+    assert '| JEPA | 1 | 100 | 0.200 [' in shown.partition('older')[0]
+    assert '| JEPA | 1 | 100 | 0.400 [' in shown.partition('older')[2]
 
 
 def test_the_encoder_with_labels_has_a_row(tmp_path):
@@ -148,9 +182,9 @@ def test_systems_side_by_side(tmp_path):
     assert table[0] == ('|  | active_matter: attentive | active_matter: linear | active_matter: knn '
                         '| shear_flow: attentive | shear_flow: linear | shear_flow: knn | effective rank |')
     rows = {line.split(' | ')[0][2:]: line.split(' | ')[1:] for line in table[2:]}
-    assert list(rows) == ['pixels', 'JEPA, next 16', 'pixels: random init', 'field statistics']
+    assert list(rows) == ['JEPA, next 16', 'pixels', 'JEPA: random init', 'field statistics']
     assert rows['JEPA, next 16'] == [*['0.011 ± 0.001'] * 3, *['0.021 ± 0.001'] * 3, '3.5 of 32 / 6.5 of 32 |']
-    assert rows['pixels: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
+    assert rows['JEPA: random init'][3] == '0.210 ± 0.014' and rows['pixels'][0] == '0.250 ± 0.071 ~'
     assert rows['pixels'][3] == '0.450 ± 0.071 ~' and rows['pixels'][6] == '- / - |'
     for seed in 0, 1:
         (tmp_path / f'shear_flow-pixels-nano-seed{seed}.json').unlink()
@@ -159,8 +193,8 @@ def test_systems_side_by_side(tmp_path):
     page = '<!-- results: experiment -->\n<!-- /results -->\n<!-- results: other-ways -->\n<!-- /results -->'
     pages = report.with_tables(page, read_cells(tmp_path))
     short = report.with_tables('<!-- results: experiment knn -->\n<!-- /results -->', read_cells(tmp_path)).splitlines()[1:]
-    assert short[0] == '|  | active_matter | shear_flow |' and short[3] == '| JEPA, next 16 | 0.011 ± 0.001 | 0.021 ± 0.001 |'
-    assert [line.split(' | ')[0] for line in short[2:-1]][:3] == ['| pixels', '| JEPA, next 16', '| pixels: random init']
+    assert short[0] == '|  | active_matter | shear_flow |' and short[2] == '| JEPA, next 16 | 0.011 ± 0.001 | 0.021 ± 0.001 |'
+    assert [line.split(' | ')[0] for line in short[2:-1]][:2] == ['| JEPA, next 16', '| pixels']
     assert pages.splitlines()[1] == table[0] and '| JEPA, vicreg | 0.500' in pages
 
 
@@ -172,6 +206,7 @@ def test_two_rows_are_compared_run_by_run(tmp_path):
             r = result(0.2, seed, row)
             noise = 0.05 * np.random.default_rng([seed, len(name)]).normal(size=40)
             r['by_run'][row] = {p: (hard[seed] + more + (noise if p == 'knn' else 0)).tolist() for p in tables.PROBES}
+            r['seeds'] = {'data': 0, 'training': seed, 'probe': 0}       # of the training, not of the data
             (tmp_path / f'active_matter-{name}-seed{seed}.json').write_text(json.dumps(r))
     (tmp_path / 'active_matter-pixels-nano-seed2.json').unlink()         # then seeds 0 and 1 are left
     head, (first, *others) = cells_of(report.compare(read_cells(tmp_path)))

@@ -29,7 +29,7 @@ def test_every_table_is_made_of_rows(tmp_path, monkeypatch):
         monkeypatch.setattr(report, kind, lambda *args, **_: names.update(v for v in args if isinstance(v, str)) or '')
     for page in report.PAGES:
         report.with_tables((HERE / page).read_text(), {})
-    assert names - {'parameters', 'nano', 'attentive', *system_names()} <= set(everywhere(ROWS)) and len(names) > 4
+    assert names - {'parameters', 'nano', 'attentive', 'experiment', *system_names()} <= set(everywhere(ROWS)) and len(names) > 4
     listed = {row for groups in GROUPS.values() for rows in groups.values() for row in rows}
     assert listed <= set(everywhere(ROWS)) and {f'active_matter-{row}' for row in PAPER_TABLES['paper']} <= listed
     monkeypatch.chdir(tmp_path)
@@ -58,6 +58,13 @@ def test_an_experiment_is_one_word(tmp_path, monkeypatch):
         for name in names:
             own, _ = settings_of(cell_of(f'{name}-seed0'))
             assert own['batch'] * own['steps'] == windows and own['preset'] == 'nano', name
+    for row, share in report.FEWER_LONGER.items():
+        own, _ = settings_of(cell_of(f'active_matter-{row}-seed0'))
+        assert own['supervised'] and own['label_fraction'] == share == int(row.rpartition('-')[2]) / 100
+        assert ('infonce' in own['init'], own['steps'], own['lr']) == ((True, 800, 1e-3) if 'tuned' in row else (False, 2400, 3e-3))
+    for row in GROUPS['nano']['noise']:
+        own, scored = settings_of(cell_of(f'{row}-seed0'))
+        assert scored['noise'] == 0.3 and own['noise'] == (0.0 if 'at-noise' in row else 0.3)
     rows = {name.partition('-')[2] for name in report.EXPERIMENT}
     assert {row for pair in report.COMPARED for row in pair[:2]} == rows and len(report.EXPERIMENT) == 3 * len(rows)
     assert settings_of(cell_of('active_matter-jepa-nano-short-supervised-5-seed0'))[0]['label_fraction'] == 0.05
