@@ -598,6 +598,7 @@ def print_table(results):
     columns, probes = [*first['labels'], 'mean'], [p for p in PROBES
                                                    if any(p in row for row in rows.values())]
     width, each = max(map(len, rows)) + 2, max(8, *(len(c) + 2 for c in columns))
+    # what it is
     noise = first.get('probe', {}).get('noise', -1.0)
     noisy = f', noise {noise:g} on the fields' if noise >= 0 else ''
     print(f'\nMSE of z-scored parameters, {first["system"]}, {first["split"]} split{noisy} '

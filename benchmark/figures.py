@@ -3,11 +3,11 @@ Pictures of the whole benchmark, made from results/cells/ and from the datasets 
 
     python -m benchmark.figures             # all that can be drawn -> figures/
 
-targets.png: errors by what was predicted; labels.png: by the share of labels; systems.png: a run
-of each system. What is left out is named.
+targets.png: errors by what was predicted; labels.png: by the share of labels, of the older
+tables with --results results/older; systems.png: a run of each system. What is left out is named.
 """
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 from common import data_folder, option, parse, script
@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 
 import model as models
 from benchmark.report import (EXPERIMENT, HERE, errors_of, floor_of, label_curves, read_cells,
-                              read_records, results_of)
+                              read_records)
 from data import find_dataset
 from eval import SHARED
 from plot import (PROBES, STYLE, canvas, corners, files_by_labels, limits, plt, read_example, save,
@@ -45,7 +45,7 @@ def in_words(system):
     return system.replace('_', ' ')
 
 def draw_targets(args, cells):
-    """Errors by what an encoder was trained to predict; what it missed at the end of training.
+    """Errors by what an encoder was trained to predict.
 
     A dot is a seed, a bar their mean, a red stroke the encoder before training.
     """
@@ -53,7 +53,7 @@ def draw_targets(args, cells):
     if not found:
         raise ValueError('no results: python -m benchmark.cells experiment')
     figure = canvas(12, 5)
-    *panels, last = figure.subplots(1, len(found) + 1, width_ratios=[*[2] * len(found), 1.2])
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
     titles = [title for title in dict.fromkeys(t for records in found.values() for t in records)
               if any(errors_of(records, title, 'attentive') for records in found.values())
               and 'random init' not in title]
@@ -73,21 +73,6 @@ def draw_targets(args, cells):
         ax.grid(axis='x')
         ax.grid(False, axis='y')
 
-    # what was missed, where the field itself was predicted
-    bands = 'low', 'mid', 'high'
-    for (system, records), line in zip(found.items(), cycle(('-', '--', ':'))):
-        for title in titles:
-            missed = [r['run'].get('last_steps', {}) for r in results_of(records, title)]
-            missed = [[steps[band] for band in bands] for steps in missed if 'low' in steps]
-            if missed:
-                last.plot(bands, np.mean(missed, axis=0), ls=line, ms=5, **style_of(title),
-                          label=f'{title}, {in_words(system)}')
-    last.axhline(1, color='#444444', lw=0.8, ls='--')                    # nothing predicted
-    last.set(title='Share of the target not predicted', xlabel='spatial scale', ylim=(0, None),
-             xticks=range(3), xticklabels=['> 8 px', '4 to 8', '< 4 px'])
-
-    if last.get_legend_handles_labels()[0]:
-        last.legend(fontsize=8)
     keys = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PROBES.values()]
     figure.legend([*keys, plt.Line2D([], [], color=BEFORE)], [*PROBES, 'before training'],
                   loc='outside lower center', ncols=4)

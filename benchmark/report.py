@@ -230,6 +230,8 @@ def summary(cells, names):
         if not seeds_of(cells, name):
             raise ValueError(f'no results of {name}: python -m benchmark.cells {name} makes them')
     records, = read_records(cells, rows).values()
+    if 'parameters' not in names:                                        # in short
+        records = {t: own for t, own in records.items() if not t.endswith((PRODUCTS, 'own head'))}
     results = [results_of(records, title) for title in records]          # [] of random weights
     table = {results[0][0]['system']: records, 'seeds': [str(len(own)) for own in records.values()]}
     windows = [own[0]['run']['windows_seen'] if own else '-' for own in results]
@@ -381,7 +383,10 @@ def label_curves(cells, system, preset='nano'):
                 if errors:
                     curves.setdefault((name, p), {})[column] = errors
 
+    # the experiment's encoders begin with the same weights
     titles = order_titles(title for title, _ in curves)
+    if preset == 'experiment':
+        titles = [t for t in titles if not t.startswith('pixels: random')]
     return {(t, p): curves[t, p] for t in titles for p in PROBES if (t, p) in curves}
 
 def labels_table(cells, system, preset='nano'):

@@ -79,31 +79,25 @@ def test_a_model_has_one_colour(folder):
 
 
 def rows(by_title):
-    """Records of {title: [error of each seed, .., what was missed in the last steps of training]}."""
-    return {title: {(seed,): {'error': {'mean': dict.fromkeys(plot.PROBES, e)}, 'result': {'run': {'last_steps': missed}}}
-                    for seed, e in enumerate(errors)} for title, (*errors, missed) in by_title.items()}
+    """Records of {title: [error of each seed, ..]}."""
+    return {title: {(seed,): {'error': {'mean': dict.fromkeys(plot.PROBES, e)}} for seed, e in enumerate(errors)}
+            for title, errors in by_title.items()}
 
 
 def test_targets_with_rows_missing(monkeypatch):
-    """Bars and strokes stand where their row's name does; a model keeps its colour, a system its line."""
-    missed = dict(low=0.8, mid=0.9, high=1.0)
-    found = {'active_matter': rows({'JEPA, vicreg': [0.1, 0.2, {}], 'JEPA: random init': [0.4, 0.6, {}],
-                                    'pixels': [0.3, missed], 'VideoMAE': [0.5, missed]}),
-             'shear_flow': rows({'VideoMAE': [0.7, missed], 'VideoMAE: random init': [0.9, {}]})}
+    """Bars and strokes stand where their row's name does."""
+    found = {'active_matter': rows({'JEPA, vicreg': [0.1, 0.2], 'JEPA: random init': [0.4, 0.6],
+                                    'pixels': [0.3], 'VideoMAE': [0.5]}),
+             'shear_flow': rows({'VideoMAE': [0.7], 'VideoMAE: random init': [0.9]})}
     monkeypatch.setattr(figures, 'read_records', lambda *_: found)
     figure, _ = figures.draw_targets(None, {})
-    active, shear, last = figure.axes
+    active, shear = figure.axes
     assert [label.get_text() for label in active.get_yticklabels()] == ['JEPA, vicreg', 'pixels', 'VideoMAE']
     bars = {(round(bar.get_y() + bar.get_height() / 2), round(bar.get_width(), 3)) for bar in active.patches}
     assert bars == {(0, 0.15), (1, 0.3), (2, 0.5)} and {round(b.get_width(), 3) for b in shear.patches} == {0.7}
     assert all(1.6 < bar.get_y() for bar in shear.patches)
     strokes = [line.get_xdata()[0] for line in active.lines if line.get_color() == figures.BEFORE]
     assert strokes == pytest.approx([0.5] * 3)
-    lines = {line.get_label(): line for line in last.lines if ',' in line.get_label()}
-    assert {'pixels, active matter', 'VideoMAE, active matter', 'VideoMAE, shear flow'} <= lines.keys()
-    assert lines['VideoMAE, active matter'].get_color() == lines['VideoMAE, shear flow'].get_color()
-    assert lines['pixels, active matter'].get_color() != lines['VideoMAE, active matter'].get_color()
-    assert lines['VideoMAE, active matter'].get_linestyle() != lines['VideoMAE, shear flow'].get_linestyle()
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ['attentive', 'linear', 'knn', 'before training']
 

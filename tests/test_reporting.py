@@ -151,7 +151,8 @@ def test_the_head_of_a_supervised_run_is_a_row(made, says, tmp_path):
     for label in 'alpha', 'zeta':
         assert result['rows'][name]['linear'][label] == pytest.approx(float(errors[f'label {label}']), rel=1e-4)
     (tmp_path / 'active_matter-jepa-nano-supervised-seed0.json').write_text(json.dumps(result))
-    assert f'| {name} |' in report.summary(report.read_cells(tmp_path), ['active_matter-jepa-nano-supervised'])
+    words = ['parameters', 'active_matter-jepa-nano-supervised']
+    assert f'| {name} |' in report.summary(report.read_cells(tmp_path), words)
 
 
 # --- several runs, several checkpoints
