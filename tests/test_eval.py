@@ -319,11 +319,15 @@ def test_what_the_log_ends_with(tmp_path):
     assert evaluation.last_steps(log) == {'loss': 99.5, 'embedding_rank': 199.0}
 
 
-def test_floors_of_a_table(well, here, capsys):
+def test_floors_of_a_table(well, here, monkeypatch, capsys):
     """The untrained encoder without its head, statistics without and with products; of what has no head, nothing."""
     train([str(v) for v in (*NANO, '--data-dir', well, '--steps', 1, '--out', 'out/small')])
     made(well, 'out/convnext')
+    widths, fit = {}, evaluation.fit_probes
+    monkeypatch.setattr(evaluation, 'fit_probes', lambda splits, *args, **how: widths.setdefault(
+        how.get('title') or args[1], splits['train'][0].shape[2]) and fit(splits, *args, **how))
     says(capsys, 'out/small', 'out/convnext', *QUICK)
+    assert (widths['random init'], widths['random features']) == (8, 8 + 8 + 8)        # with its head, and without
     by = {name: json.loads((here / f'out/{name}/eval.json').read_text())['rows'] for name in ('small', 'convnext')}
     assert list(by['small']) == ['JEPA', 'JEPA, with products', 'random init', 'random features', 'field statistics',
                                  'field statistics, with products', 'predict the mean']

@@ -100,7 +100,7 @@ def test_partners_are_drawn_anew():
     """By the generator: another state, other partners, of places and of clips."""
     torch.manual_seed(0)
     model, x = JEPA(2, paired=False, encoder='statistics', widths=(8, 8, 8, 8), layer_scale=1.0), torch.randn(2, 2, 2, 16, 32, 32)
-    losses = [model(*x, torch.Generator().manual_seed(seed))['sim'].item() for seed in (0, 1, 2, 0)]
+    losses = [model(*x, torch.Generator().manual_seed(seed))['sim'].item() for seed in (0, 1, 3, 0)]
     assert len(set(losses)) == 3 and losses[3] == losses[0]
 
 
