@@ -468,6 +468,22 @@ def result_of(run, args, found):
     say(in_words(result))
     return result
 
+def read_result(path):
+    """An eval.json as a dict. Raises ValueError for any other file."""
+    try:
+        result = json.loads(path.read_text())
+        errors = [e for row in result['rows'].values() for by_label in row.values()
+                  for e in by_label.values()]
+        # numbers, of a row that is there, and what they depend on
+        whole = (np.isfinite(errors).all() and isinstance(result['run']['settings'], dict)
+                 and {'system', 'labels', 'split', 'probe', 'seeds'} <= result.keys()
+                 and result['row'] in result['rows'].keys() & result['by_run'].keys())
+    except (ValueError, TypeError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f'{path} is no result of eval.py, or a damaged one: delete it')
+    return result
+
 def in_words(result):
     """What a run is, what it cost, and what its probes chose."""
     counts, run, minutes = result['parameters'], result['run'], result['run']['train_seconds'] / 60

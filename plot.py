@@ -19,7 +19,7 @@ from PIL import Image                                                   # comes 
 
 import model as models
 from data import coordinates, find_dataset, open_well_file
-from eval import CLOCKS, PUBLISHED_ROW, checkpoints, log_lines, merge_rows
+from eval import CLOCKS, PUBLISHED_ROW, checkpoints, log_lines, merge_rows, read_result
 from systems.datasets import well_files
 
 plt.switch_backend('Agg')                                               # no window
@@ -172,7 +172,7 @@ def main(argv=None):
     run, log = runs[0], runs[0] / 'log.jsonl'                           # the one that is drawn
     if not log_lines(log, 1):
         raise ValueError(f'{run} is no run of train.py, or has made no step: it has no {log.name}')
-    results = [json.loads(p.read_text()) for r in runs if (p := r / 'eval.json').exists()]
+    results = [read_result(p) for r in runs if (p := r / 'eval.json').exists()]
     if len({result['system'] for result in results}) > 1:
         raise ValueError('the runs are of different systems: a picture is about one')
     # the data and the training

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,7 +190,7 @@ def what_is_missing(cell):
     """(what is to be done: '', 'scoring' or 'training'; why, in words)."""
     words = []
     if cell.result.exists():
-        words = [f'stale: {why_stale(cell, json.loads(cell.result.read_text()))[1]}']
+        words = [f'stale: {why_stale(cell, evaluation.read_result(cell.result))[1]}']
         if words == ['stale: ']:
             return '', ''
     step, steps, differs = progress(cell)                                # of its training
@@ -238,10 +238,11 @@ def make(cell, log, stop):
         # score, unless that was done since, in the same way
         table, result = cell.run / 'eval.json', {}
         if table.exists() and table.stat().st_mtime >= (cell.run / 'ckpt.pt').stat().st_mtime:
-            result = json.loads(table.read_text())
+            with suppress(ValueError):
+                result = evaluation.read_result(table)
         if result.get('split') != 'test' or why_stale(cell, result)[0]:
             execute(cell.evaluate)
-            result = json.loads(table.read_text())
+            result = evaluation.read_result(table)
 
         # other data may lie there
         if cell.preset != 'paper' and set(result['seeds'].values()) != {cell.seed}:

@@ -33,7 +33,7 @@ import numpy as np
 
 import model as models
 from benchmark.generalize import number
-from eval import OF_CLEAN, PROBES, PRODUCTS, SHARED, interval
+from eval import OF_CLEAN, PROBES, PRODUCTS, SHARED, interval, read_result
 from systems import system_names
 from train import GONE, OF_MACHINE
 
@@ -72,7 +72,7 @@ class Settings:
 
 def read_cells(folder):
     """{name: eval.json} of all cells SYSTEM-ROW-seedN of a folder, by name."""
-    return {path.stem: json.loads(path.read_text())
+    return {path.stem: read_result(path)
             for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
 
 def without_seed(run):

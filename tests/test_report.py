@@ -432,6 +432,18 @@ def test_the_pages_say_what_results_says(capsys):
     assert capsys.readouterr().out == 'every table is what results/ gives\n'
 
 
+@pytest.mark.parametrize('spoil', [
+    lambda r: 'not json', lambda r: '[]', lambda r: '{}', lambda r: json.dumps(r)[:-9], lambda r: json.dumps(r | {'rows': []}),
+    lambda r: json.dumps(r | {'row': 'none'}), lambda r: json.dumps({k: v for k, v in r.items() if k != 'seeds'}),
+    lambda r: json.dumps(r | {'rows': {'JEPA': {'linear': {'mean': None}}}}), lambda r: json.dumps(r | {'run': None}),
+    lambda r: json.dumps(r).replace('"mean": 0.2', '"mean": NaN'), lambda r: json.dumps(r | {'by_run': {}})],
+    ids=['text', 'list', 'empty', 'cut', 'no rows', 'no row', 'no seeds', 'null', 'no run', 'nan', 'no by_run'])
+def test_a_damaged_result_is_one_line(tmp_path, spoil):
+    (tmp_path / 'a-nano-seed0.json').write_text(spoil(result(0.2, 0)))
+    with pytest.raises(ValueError, match='a-nano-seed0.json is no result of eval.py'):
+        read_cells(tmp_path)
+
+
 def test_pages_are_written_where_they_are_wrong(tmp_path, monkeypatch, capsys):
     """--check finds the page and writes nothing; without it, the table is made anew, and all around it stays."""
     monkeypatch.setattr(report, 'HERE', tmp_path)
