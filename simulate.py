@@ -22,7 +22,7 @@ import torch
 from systems import find_system, system_names
 from systems.datasets import read_recipe, well_files
 
-RESOLVED = 1e-3     # largest share of energy in the last third of the spectrum of a resolved run
+RESOLVED = 2e-3     # largest share of energy in the last third of the spectrum of a resolved run
 MEMORY = 4e9        # bytes of fields held at once: so many batches are simulated side by side
 
 @dataclass

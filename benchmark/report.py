@@ -72,8 +72,7 @@ class Settings:
 
 def read_cells(folder):
     """{name: eval.json} of all cells SYSTEM-ROW-seedN of a folder, by name."""
-    return {path.stem: read_result(path)
-            for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
+    return {path.stem: read_result(path) for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
 
 def without_seed(run):
     """The name of a run's folder, without its seed."""
