@@ -19,9 +19,10 @@ def test_it_differs_from_jepa_by_the_target_alone():
         built.append({k: v for k, v in cls(3, **own).state_dict().items() if not k.startswith('decoder')})
     assert built[0].keys() == built[1].keys() and all(torch.equal(built[0][k], built[1][k]) for k in built[0])
 
-    for name in [*EncoderOptions.__dataclass_fields__, 'residual', 'lr', 'batch', 'steps']:
+    for name in [*EncoderOptions.__dataclass_fields__, 'residual', 'batch', 'steps']:
         assert PRESETS['nano'].get(name) == jepa.PRESETS['nano'].get(name), name
     assert PRESETS['nano']['views'] == 'paired'
+    assert (PRESETS['nano']['lr'], jepa.PRESETS['nano']['lr']) == (1e-3, 3e-3)         # each the best of three
 
 
 def image_of(patches, shape, patch):

@@ -65,7 +65,7 @@ def test_a_step_is_a_training_step():
     c, options = speed.settings('vjepa', 'cpu', *MODELS['vjepa'])
     network, step = speed.trainer(c, options)
     before = [p.clone() for p in network.parameters()]
-    step(iter([(speed.smooth_fields(c), None)]))
+    step(iter([(speed.smooth_fields(c), None, None)]))
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
     assert all(p.grad.abs().sum() > 0 for p in network.encoder.parameters() if p.ndim > 1)
 

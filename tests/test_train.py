@@ -50,8 +50,8 @@ videomae shear_flow      yyyy 32 4 32 2400 0.0015 0.3
 videomae rayleigh_benard yyyy 32 4 32 2400 0.0015 0.3
 vjepa    active_matter   yyyy 32 1  8 9600  0.0007 0.3
 vjepa    shear_flow      yyyy 32 4  8 9600  0.0007 0.3
-pixels   active_matter   yyyy 32 1 32 2400  0.003 0.5
-pixels   shear_flow      yyyy 32 4 32 2400  0.003 0.5
+pixels   active_matter   yyyy 32 1 32 2400  0.001 0.5
+pixels   shear_flow      yyyy 32 4 32 2400  0.001 0.5
 mpp      active_matter   ynyy  0 1 16 4800  0.003 0.5
 mpp      shear_flow      ynyy  0 4 16 4800  0.003 0.5
 mpp      rayleigh_benard ynyy  0 4 16 4800  0.003 0.5
