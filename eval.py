@@ -280,7 +280,7 @@ class Found(NamedTuple):    # by evaluate_row
     rows: dict = {}         # {title: row}
     carried: dict = {}      # {title: what --generalize finds}
     chosen: dict = {}       # {title: what its probes chose}
-    means: dict = {}        # {split: mean tokens (n, D)}, of the trained encoder
+    means: dict = {}        # {split: mean tokens (n, D)}, of the trained encoder, of statistics
 
 def with_products(splits):
     """{split: (mean tokens z-scored, and all products of two of them, (n, 1, D + D(D+1)/2), its
@@ -335,13 +335,11 @@ def evaluate_row(run, args, title):
     if noisy:                                                  # a probe that saw no noise
         scored = clean | {'scored': splits[args.split]}
         rows[title + OF_CLEAN] = fit(scored, epochs=epochs_of(run, scored))
-    few = splits['train'][0].shape[2] <= 64
-    if 'linear' in args.probes and few and (trained or by_hand):
-        named = {name: splits[name] for name in run.splits}
-        rows[title + PRODUCTS] = fit_probes(with_products(named), args, title,
-                                                     only=('linear',))
-    means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained}
+    means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained or by_hand}
     del splits                                                 # they may be a large file
+    if 'linear' in args.probes and means and means['train'].shape[1] <= 64:
+        pairs = with_products({name: (x[:, None], run.targets[name]) for name, x in means.items()})
+        rows[title + PRODUCTS] = fit_probes(pairs, args, title, only=('linear',))
     # an encoder that was trained with labels has a linear layer of its own
     if trained and run.c.supervised and 'linear' in args.probes:
         head = model.network.head.to('cpu', torch.float64)
@@ -387,12 +385,11 @@ def evaluate(paths, args):
             f'{run.stride} frames apart: {run.field()}')
         # the encoder; the same before training, once for all runs that begin alike
         found = evaluate_row(run, args, run.name)
-        begun = from_rank_0(run.beginning() if RANK == 0 else '')
+        begun = from_rank_0(run.beginning() if RANK == 0 and len(runs) > 1 else '')
         if begun not in untrained:
             untrained[begun] = [evaluate_row(run, args, f'random {what}')
                                 for what in ('init', 'features')]
-        # and what a physicist would measure
-        # their labels, and their noise, by the seed
+        # and what a physicist would measure; labels and noise may be drawn by the seed
         drawn = args.generalize or args.noise > 0 or run.c.label_fraction < 1
         seen = run.c.resolution, run.c.whole, run.c.label_fraction, drawn and run.c.seed
         if seen not in statistics:
@@ -580,12 +577,16 @@ def merge_rows(results, key='rows'):
                 rows[f'{name}, {title}'] = row
     return rows | products | shared | paper
 
+def without_seed(run):
+    """The name of a run's folder, without its seed."""
+    return re.sub(r'-seed\d+$', '', run)
+
 def repeats(results):
     """{name: the runs that differ in nothing but their seeds}; in order, alone if nothing else."""
     groups = {}
     for r, name in zip(results, names_of(results)):
         same = {k: v for k, v in r['run']['settings'].items() if k not in (*MAY_CHANGE, 'seed')}
-        same['init'] = re.sub(r'-seed\d+$', '', same.get('init') or '')
+        same['init'] = without_seed(same.get('init') or '')
         groups.setdefault(f'{r["run"].get("step")} {same}', []).append((name, r))
     # named by what their folders' names have in common
     named = {}

@@ -7,7 +7,6 @@ Pictures of the data, a training run and its error table.
 Writes examples.png (fields of the test split), training.png (log.jsonl), errors.png (eval.json).
 """
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 

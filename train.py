@@ -108,7 +108,7 @@ GONE = 'cache', 'log_every'
 
 def parse(argv, description, missing=False):
     """(Config, the model's module, its Options) of argv or the command line. ValueError if bad.
-    missing: the dataset need not be there, even where --data-dir says so."""
+    missing: neither the dataset that --data-dir names need be there, nor the run of --init."""
     # the defaults of the other flags depend on these
     first = Parser('', add_help=False)
     first.add_dataclass(Config)
@@ -120,8 +120,8 @@ def parse(argv, description, missing=False):
     smoke = early.preset == 'smoke'                            # its data are apart
     folder = data_folder(early.data_dir, SMOKE_DATA if smoke else '')
     told = early.data_dir or (not smoke and os.environ.get('THE_WELL_DATA_DIR'))
-    missing = missing or not told or '-h' in rest or '--help' in rest
-    root, system, simulated = find_dataset(early.data, folder, missing)
+    absent = missing or not told or '-h' in rest or '--help' in rest
+    root, system, simulated = find_dataset(early.data, folder, absent)
     files, name = well_files(root), system_name(root, early.data)
     if not files and not simulated:
         simulated = 'smoke' if smoke else 'nano'               # as it will be
@@ -142,7 +142,7 @@ def parse(argv, description, missing=False):
                              data_dir=str(folder if name == early.data else root))
     c, options = (cls(**{f.name: settings[f.name] for f in fields(cls)})
                   for cls in (Config, module.Options))
-    complete(c)
+    complete(c, missing)
 
     # does the model take these fields?
     (crop, periodic), channels = system.part(c.whole), None
@@ -190,8 +190,9 @@ def preset_settings(module, preset, system):
         raise ValueError(f'{module.__name__}.py: PRESETS sets {names}, which is no setting')
     return settings
 
-def complete(c):
-    """Fill in what depends on the rest of a Config; ValueError for what will not do."""
+def complete(c, missing=False):
+    """Fill in what depends on the rest of a Config; ValueError for what will not do. missing: what
+    it starts from need not be there."""
     at_least(c, 1, 'stride', 'batch', 'save_every')
     at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs',
              'weight_decay', 'seed', 'save_minutes', 'keep_every', 'probe_every')
@@ -233,7 +234,8 @@ def complete(c):
         labels += f'-{c.label_fraction:g}' if c.label_fraction < 1 else ''
         c.out = f'out/{c.data}-{c.model}-{c.preset}{labels}-seed{c.seed}'
     c.init = c.init and str(Path(c.init))                      # without a slash at its end
-    if c.init and not Path(c.init).exists() and not (Path(c.out) / 'ckpt.pt').exists():
+    places = Path(c.init), Path(c.out) / 'ckpt.pt'
+    if c.init and not missing and not any(place.exists() for place in places):
         raise ValueError(f'no file or folder {c.init} to start from')
     there = next(p for p in (Path(c.out), *Path(c.out).absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -340,8 +342,8 @@ def train_step(model, forward, optimizer, batches, c, step, scaler=None):
         also = {'runs': runs.to(x.device)} if needs_runs else {}
 
         # two seeds: what all ranks draw alike (masks, chunks), and what each draws for itself
-        alike, of_rank = (draw_seed(key) for key in (
-            (c.seed, 10, step, micro), (c.seed, 9, step, micro, RANK)))
+        alike = draw_seed((c.seed, 10, step, micro))
+        of_rank = draw_seed((c.seed, 9, step, micro, RANK))
         generator = torch.Generator().manual_seed(alike)
         torch.manual_seed(of_rank)                             # for dropout and the like
         if c.noise > 0:

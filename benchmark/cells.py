@@ -130,7 +130,7 @@ def find_cell(name, args):
 
     return SimpleNamespace(
         name=name, system=system, seed=int(seed), preset=preset, data=data, run=run, start=start,
-        init=init, result=Path(args.results, f'{name}.json'),
+        result=Path(args.results, f'{name}.json'),
         simulate=['simulate.py', system, '--preset', preset, *seeded, *folder],
         train=['train.py', '--data', system, *ROWS[row].split(), *init, *seeded, *folder,
                '--out', str(run)],
@@ -151,10 +151,7 @@ def as_json(settings):
 
 def settings_of(cell):
     """What its train.py and eval.py are run with: [{name: value}, {name: value}]."""
-    # the run that it starts from need not be there yet
-    flags = [flag for flag in cell.train[1:] if not cell.start or flag not in cell.init]
-    c, _, options = train.parse(flags, '', missing=True)
-    c.init = str(cell.start.run) if cell.start else c.init
+    c, _, options = train.parse(cell.train[1:], '', missing=True)
     scored, _ = parse('', evaluation.Settings, cell.evaluate[1:], runs=dict(nargs='*'))
     return as_json([vars(c) | vars(options), {k: getattr(scored, k) for k in evaluation.TUNED}])
 

@@ -94,7 +94,7 @@ def draw_labels(args, cells):
     axes = figure.subplots(2, len(found), sharex='col', sharey=True, squeeze=False)
     panels = product(('attentive', 'linear'), found.items())
     for ax, (p, (system, curves)) in zip(axes.flat, panels):
-        # the statistics have a linear probe alone: it stands in both rows
+        # the statistics have no attentive probe: the linear one stands in both rows
         for (title, of), curve in curves.items():
             if of != ('linear' if title in SHARED else p):
                 continue

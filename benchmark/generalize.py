@@ -40,6 +40,8 @@ def spoilt(x, how, std, seeds):
 
 def gather(sets, index, folder):
     """Tokens (n, N, D) at `index` (m,) of each of `sets`, one after the other: probe.room_for."""
+    if len(sets) == 1 and sets[0].shape[1] == 1:         # means: they are few, and stay as they are
+        return sets[0][index]
     room = probe.room_for(len(sets) * len(index), *sets[0].shape[1:], folder)
     for i, tokens in enumerate(sets):
         for first in range(0, len(index), 64):
@@ -78,6 +80,9 @@ def measure(sets, fit, parts, runs, orders, scored, folder, trained):
     errors = [mean_errors({p: e[i] for p, e in by_input.items() if trained or p != 'attentive'}, y)
               for i in range(1 + len(inputs))]
     found = {'inputs': dict(zip(inputs, errors[1:]))} if inputs else {}
+
+    # the other probes, fitted many times, read mean tokens: (n, 1, D)
+    clean = {name: (probe.mean_tokens(x)[:, None], labels) for name, (x, labels) in clean.items()}
     if 'labels' in parts:
         found['labels'] = with_fewer_labels(clean, fit, orders, runs, folder) | {'1': errors[0]}
     if 'values' in parts:

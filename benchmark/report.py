@@ -9,8 +9,7 @@ A table stands between `<!-- results: WORD WORD -->` and `<!-- /results -->`. Th
 
     NAME NAME                      rows of the benchmark; after `parameters`, with each parameter
     runs LABEL=VALUE NAME NAME     means and medians of test runs; of those with this value, apart
-    table-1, summary-table PROBE   models by systems, beside the paper's numbers; the same in short
-    cost                           what these models cost
+    table-1, cost                  models by systems, beside the paper's numbers; what they cost
     experiment, other-ways         what is predicted and by which loss; more ways, with less to see
     experiment PROBE               the first in short
     compare                        rows of the experiment, two by two
@@ -22,7 +21,7 @@ gain over the same encoder's random weights is less than two standard deviations
 Brackets: 95% intervals, as eval.interval draws them; of a difference, the same seeds and runs of
 both rows are drawn.
 """
-import json
+import functools
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -33,7 +32,7 @@ import numpy as np
 
 import model as models
 from benchmark.generalize import number
-from eval import OF_CLEAN, PROBES, PRODUCTS, SHARED, interval, read_result
+from eval import OF_CLEAN, PROBES, PRODUCTS, SHARED, interval, read_result, without_seed
 from systems import system_names
 from train import GONE, OF_MACHINE
 
@@ -74,9 +73,7 @@ def read_cells(folder):
     """{name: eval.json} of all cells SYSTEM-ROW-seedN of a folder, by name."""
     return {path.stem: read_result(path) for path in sorted(Path(folder).glob('*-seed[0-9]*.json'))}
 
-def without_seed(run):
-    """The name of a run's folder, without its seed."""
-    return re.sub(r'-seed\d+$', '', run)
+read_older = functools.cache(read_cells)    # many tables are made of them
 
 def seeds_of(cells, name):
     """The cells of all seeds of a row SYSTEM-ROW, or one cell: {name: eval.json}."""
@@ -320,19 +317,11 @@ def side_by_side(cells, rows, probes=PROBES):
         table['effective rank'] = [' / '.join(texts) for texts in zip(*ranks)]
     return markdown(table)
 
-def table_one(cells, preset='nano', short=''):
-    """Models by systems, with the paper's numbers, which are on valid of The Well.
-
-    short: a probe. Then only its errors, of the models and of JEPA's random weights.
-    """
+def table_one(cells, preset='nano'):
+    """Models by systems, with the paper's numbers, which are on valid of The Well."""
     found = paper_records(cells, preset)
     titles = [models.title(row.partition('-')[0]) + (', supervised' if 'supervised' in row else '')
               for row in PAPER_TABLES[preset]]
-    if short:
-        titles.append(f'{models.title(models.DEFAULT)}: random init')
-        return markdown({'': titles} | {system: [show_error(records, t, short) for t in titles]
-                                        for system, records in found.items()})
-
     published = {}
     for name, errors in models.PUBLISHED.items():
         tuned = ', fine-tuned' if name in models.FINETUNED_IN_PAPER else ''
@@ -446,7 +435,7 @@ def make_table(words, cells):
     """The table that the words of a marker ask for."""
     kind, *rest = words
     if kind == 'older':
-        return make_table(rest, read_cells(HERE / 'results' / 'older'))
+        return make_table(rest, read_older(HERE / 'results' / 'older'))
     tables = {('table-1', 0): table_one, ('cost', 0): cost_table, ('labels', 1): labels_table,
               ('labels', 2): labels_table, ('carried', 1): carried_table, ('compare', 0): compare}
 
@@ -454,11 +443,8 @@ def make_table(words, cells):
     if kind in ('experiment', 'other-ways'):
         return side_by_side(cells, EXPERIMENT if kind == 'experiment' else OTHER_WAYS,
                             tuple(rest) or PROBES)
-
     if kind == 'runs':
         return by_runs(cells, rest[0], rest[1:])
-    if kind == 'summary-table' and rest:
-        return table_one(cells, short=rest[0])
     table = tables.get((kind, len(rest)))
     return table(cells, *rest) if table else summary(cells, words)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 NOT_OURS = {'.venv', 'venv', 'data', 'out', 'rows', 'build'}
-TOP, LINES, COLUMNS, STRETCH, WORDS = 14, 7963, 100, 8, 1100
+TOP, LINES, COLUMNS, STRETCH, WORDS = 14, 7953, 100, 8, 1200
 
 
 def python_files():
@@ -54,14 +54,13 @@ def count():
     stretches = [where for p in sources() for where in long_stretches(p)]
     lambdas = [where for p in sources() for where in named_lambdas(p)]
     top = [p.name for p in HERE.glob('*.py')]
-    words = [word for word in (HERE / 'README.md').read_text().split() if any(c.isalnum() for c in word)]
     return {
         'Python files at top level': (len(top), TOP, top),
         'lines of source': (sum(p.read_text().count('\n') for p in sources()), LINES, []),
         f'lines over {COLUMNS} columns': (len(wide), 0, wide),
         f'stretches of over {STRETCH} lines without a pause': (len(stretches), 0, stretches),
         'lambdas with a name': (len(lambdas), 0, lambdas),
-        'words in README': (len(words), WORDS, [])}
+        'words in README': (len((HERE / 'README.md').read_text().split()), WORDS, [])}
 
 
 if __name__ == '__main__':

@@ -430,8 +430,7 @@ def test_runs_that_begin_alike_share_their_floors(well, here, monkeypatch, capsy
     """Whatever they learn from there, and whatever the model's name; not if they are embedded or probed otherwise."""
     for name, flags in dict(one=[], two=['--lr', 0.5, '--loss', 'infonce'], three=['--noise', 0.5], four=['--seed', 1]).items():
         train([str(v) for v in (*NANO, '--data-dir', well, '--steps', 1, '--out', f'out/{name}', *flags)])
-    pixels = [*NANO[:NANO.index('--model')], *NANO[NANO.index('--model') + 2:]] if '--model' in NANO else NANO
-    train([str(v) for v in (*pixels, '--model', 'pixels', '--views', 'paired', '--data-dir', well, '--steps', 1, '--out', 'out/five')])
+    train([str(v) for v in (*NANO, '--model', 'pixels', '--views', 'paired', '--data-dir', well, '--steps', 1, '--out', 'out/five')])
     asked, row = [], evaluation.evaluate_row
     monkeypatch.setattr(evaluation, 'evaluate_row', lambda run, args, title: asked.append((run.path.parent.name, title)) or row(
         run, args, title))
