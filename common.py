@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 # Ctrl-C while our scripts import PyTorch: no traceback
@@ -409,6 +410,10 @@ def read_tensors(path, safe=()):
     """The dict in a torch.save file of plain types, tensors and classes in `safe`.
     It never runs code from the file. Raises ValueError for other files, OSError for none."""
     try:
+        # torch.save packs nothing: what would be larger than its file is no checkpoint
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
+                raise ValueError
         with torch.serialization.safe_globals(list(safe)) if safe else contextlib.nullcontext():
             state = torch.load(path, map_location='cpu', weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):

@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from systems.datasets import as_name, find_dataset, well_files, why_unreadable
+from systems.datasets import as_name, find_dataset, member, well_files, why_unreadable
 
 say_once = functools.cache(say)
 LARGE = 2**30               # bytes: a larger cache is announced, and made by several processes
@@ -44,7 +44,7 @@ def open_well_file(path):
 
     # is it as we need it?
     for group in 'dimensions', 'scalars', 't0_fields', 't1_fields', 't2_fields':
-        if not isinstance(f.get(group), h5py.Group):
+        if not isinstance(member(f, group, path), h5py.Group):
             raise ValueError(f"{path} has no group '{group}': it is not in The Well's format")
     if 'spatial_dims' not in f['dimensions'].attrs:
         raise ValueError(f"{path} has no attribute 'spatial_dims': it is not in The Well's format")
@@ -70,10 +70,11 @@ def find_fields(f, path):
     fields = []
     for order in range(3):
         for name in sorted(group := f[f't{order}_fields']):
-            d = group.get(name)                                # None for a broken link
+            d = member(group, name, path)
             if not isinstance(d, h5py.Dataset) or d.dtype.kind not in 'fiub' or not d.size:
                 raise ValueError(f'{path}: {name} in t{order}_fields is not an array of numbers')
             fields.append(Field(path, name, d, order))
+
     if not fields:
         raise ValueError(f'{path} has no fields')
 
@@ -136,7 +137,7 @@ def read_scalars(f, path, runs):
     rounded to float32, in which some files keep them. One that changes in time is left out."""
     scalars = {}
     for name in f['scalars']:
-        d = f['scalars'].get(name)
+        d = member(f['scalars'], name, path)
         if isinstance(d, h5py.Dataset) and np.any(d.attrs.get('time_varying', False)):
             continue
 
@@ -160,7 +161,8 @@ def spatial_axes(f):
 def coordinates(f, axis, shape):
     """Along time (axis 0), x (1) or y (2) of an open file: (n,), of the first run; 0, 1, .. where
     it does not say. shape: (runs, frames, nx, ny)."""
-    d, n = f['dimensions'].get(('time', *spatial_axes(f))[axis]), shape[axis + 1]
+    name, n = ('time', *spatial_axes(f))[axis], shape[axis + 1]
+    d = member(f['dimensions'], name, f.filename)
     x = np.atleast_1d(d[()] if isinstance(d, h5py.Dataset) else ())
     if axis and x.shape == shape[2:]:                          # given for each point of the grid
         x = np.moveaxis(x, axis - 1, -1)
@@ -261,6 +263,18 @@ def read_run(path, channels, run, about):
             out[:, t:t + FRAMES] = x
         yield out
 
+def read_about(target):
+    """What the .json of a cache file says, once both are there. ValueError if they do not agree."""
+    try:
+        about = json.loads(Path(f'{target}.json').read_text())
+        fields = np.load(f'{target}.npy', mmap_mode='r')       # of its full length, or ValueError
+        sound = fields.dtype == np.float32 and list(fields.shape) == about['shape']
+    except (ValueError, TypeError, KeyError, OSError, EOFError):
+        sound = False
+    if not sound:
+        raise ValueError(f'{target}.npy or .json is damaged: delete {target.parent}')
+    return about
+
 def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, progress=True):
     """[(file, what the .json of its cache says, its path without suffix)]; what is missing is made.
     Files too short for a window are left out. log_labels: scalars whose log10 will be taken.
@@ -269,8 +283,7 @@ def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, prog
     for file in files:
         target = folder / f'{file.stem}-{content_key(file)}'
         cached = Path(f'{target}.npy').exists()
-        about = (json.loads(Path(f'{target}.json').read_text()) if cached
-                 else describe_file(file, crop, resolution))
+        about = read_about(target) if cached else describe_file(file, crop, resolution)
         found.append((file, about, target))
 
     # those with windows; are they alike?
@@ -296,8 +309,7 @@ def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, prog
     except OSError as e:
         raise OSError(f'{folder} cannot be written ({e.strerror or e}): --cache-dir puts the '
                       f'cache elsewhere') from None
-    return [(file, json.loads(Path(f'{target}.json').read_text()), target)
-            for file, _, target in usable]
+    return [(file, read_about(target), target) for file, _, target in usable]
 
 def check_alike(found, log_labels):
     """Raise ValueError if the files of a split, as in find_cache, do not go together."""
@@ -373,7 +385,11 @@ class Fields:
     def __getitem__(self, index):
         run, *rest = index if isinstance(index, tuple) else (index,)
         number = np.searchsorted(self.first, run, side='right') - 1
-        return np.load(self.paths[number], mmap_mode='r')[(run - self.first[number], *rest)]
+        try:
+            fields = np.load(self.paths[number], mmap_mode='r')
+        except (ValueError, EOFError):                         # cut short since it was opened
+            raise ValueError(f'{self.paths[number]} is damaged: delete its folder') from None
+        return fields[(run - self.first[number], *rest)]
 
 # --- a split
 class Split:

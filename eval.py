@@ -121,10 +121,12 @@ class Run:
         """{split: windows (n, 2)}, `stride` frames apart, and {split: their targets (n, L)}."""
         windows = {name: split.windows_at(stride) for name, split in self.splits.items()}
         if self.c.label_fraction < 1:                          # probes know no more labels than it
+            windows['unlabelled'] = windows['train']           # all fields are there all the same
             windows['train'] = self.splits['train'].with_labels(
                 windows['train'], self.c.label_fraction, self.c.seed)
         mean, std = (np.array(self.state[key]) for key in ('label_mean', 'label_std'))
         of_runs = {name: (s.labels(self.labels) - mean) / std for name, s in self.splits.items()}
+        of_runs['unlabelled'] = np.full_like(of_runs['train'], np.nan)
         return windows, {name: torch.tensor(of_runs[name][w[:, 0]]) for name, w in windows.items()}
 
     def probe_on(self, stride, most=(None, None)):
@@ -188,7 +190,7 @@ class Run:
         found = self.system.statistics(fields, Grid(*self.splits['train'].grid))
         return torch.stack(list(found.values()), 1)[:, None]
 
-    def embed(self, to_tokens, title, spoilt='', only=SPLITS):
+    def embed(self, to_tokens, title, spoilt='', only=(*SPLITS, 'unlabelled')):
         """{split: (tokens (n, N, D) of all its windows, on the CPU, targets (n, L))}, on rank 0.
 
         to_tokens: as from `encode`. spoilt: one of generalize.INPUTS. Raises ValueError.
@@ -217,10 +219,11 @@ class Run:
         std = self.splits['train'].normalization(True)[1]
         def load(job):
             name, first = job
-            return self.splits[name].load(self.windows[name][first:first + size], frames=FRAMES)
+            data = self.splits['train' if name == 'unlabelled' else name]
+            return data.load(self.windows[name][first:first + size], frames=FRAMES)
         for (name, first), x in zip(jobs, prefetch(load, jobs, workers=1)):
             # what is drawn for a window depends on it alone
-            seeds = [(self.c.seed, 5, SPLITS.index(name), *window)
+            seeds = [(self.c.seed, 5, (*SPLITS, 'unlabelled').index(name), *window)
                      for window in self.windows[name][first:first + size]]
             if spoilt:
                 noise = [draw_seed((*seed[:3], 7, *seed[3:])) for seed in seeds]
@@ -320,7 +323,7 @@ def evaluate_row(run, args, title):
     # embed: all ranks; with --generalize also the scored split, spoilt in each way
     encode = run.measure if by_hand else run.encode(model, noise=noise)
     splits = run.embed(encode, title, noisy)
-    clean = run.embed(encode, title, '', SPLITS[:2]) if noisy else {}
+    clean = run.embed(encode, title, '', (*SPLITS[:2], 'unlabelled')) if noisy else {}
     for how in generalize.INPUTS if 'inputs' in args.generalize else ():
         splits[how] = run.embed(encode, title, how, (args.split,)).get(args.split)
     if RANK > 0:
@@ -335,7 +338,8 @@ def evaluate_row(run, args, title):
     if noisy:                                                  # a probe that saw no noise
         scored = clean | {'scored': splits[args.split]}
         rows[title + OF_CLEAN] = fit(scored, epochs=epochs_of(run, scored))
-    means = {name: probe.mean_tokens(splits[name][0]) for name in run.splits if trained or by_hand}
+    means = {name: probe.mean_tokens(splits[name][0])
+             for name in run.windows if trained or by_hand}
     del splits                                                 # they may be a large file
     if 'linear' in args.probes and means and means['train'].shape[1] <= 64:
         pairs = with_products({name: (x[:, None], run.targets[name]) for name, x in means.items()})
@@ -378,7 +382,7 @@ def evaluate(paths, args):
     for run in runs:
         # what is probed
         started = time.perf_counter()
-        counts = ' / '.join(str(len(w)) for w in run.windows.values())
+        counts = ' / '.join(str(len(run.windows[name])) for name in run.splits)
         seeds = ', '.join(f'{k} {v}' for k, v in run.seeds.items())
         say(f'{run.name}: {run.path}, preset {run.c.preset}, step {run.state["step"]}, '
             f'{run.state["samples"]:,} windows seen; seeds: {seeds}\n  probed on {counts} windows, '
@@ -450,7 +454,7 @@ def result_of(run, args, found):
         **({'generalization': generalization} if args.generalize else {}),
         # what they depend on
         'field': run.field(), 'stride': run.stride, 'seeds': run.seeds,
-        'windows': {name: len(w) for name, w in run.windows.items()},
+        'windows': {name: len(run.windows[name]) for name in run.splits},
         'probe': {k: getattr(args, k) for k in TUNED},
         'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         'evaluated_by': run.git, 'machine': machine(run.device),
@@ -534,7 +538,7 @@ def save_embeddings(path, run, means):
              log_labels=[name in run.system.log_labels for name in run.labels],
              **{key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
     write_bytes(path, buffer.getvalue())
-    print(f'{path}: the mean tokens of {sum(map(len, run.windows.values()))} windows')
+    print(f'{path}: the mean tokens of {sum(len(p["run"]) for p in parts)} windows')
 
 # --- the table
 def interval(by_seed, draws=2000):

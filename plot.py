@@ -6,11 +6,12 @@ Pictures of the data, a training run and its error table.
 
 Writes examples.png (fields of the test split), training.png (log.jsonl), errors.png (eval.json).
 """
+import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import data_folder, option, parse, script
+from common import data_folder, option, parse, script, write_bytes
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
@@ -153,10 +154,11 @@ def canvas(width, height):
 
 def save(figure, path):
     """A png of 256 colours, complete or not there at all."""
-    figure.savefig(part := path.with_name(path.name + '.part.png'))
+    figure.savefig(drawn := io.BytesIO())
     plt.close(figure)
-    Image.open(part).convert('RGB').quantize(256, dither=0).save(part, optimize=True)
-    part.replace(path)
+    fewer_colours = Image.open(drawn).convert('RGB').quantize(256, dither=0)
+    fewer_colours.save(small := io.BytesIO(), 'png', optimize=True)
+    write_bytes(path, small.getvalue())
     print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
 
 @script

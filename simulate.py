@@ -6,6 +6,7 @@ Simulate one of three systems and write it in The Well's format.
 
 A dataset has a file for each split and pair of parameters. Interrupted, it goes on when restarted.
 """
+import io
 import json
 import math
 import threading
@@ -13,8 +14,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import (SPLITS, Progress, alone_in, at_least, complete_file, data_folder, option, parse,
-                    pick_device, script, write_text)
+from common import (SPLITS, Progress, alone_in, at_least, data_folder, option, parse,
+                    pick_device, script, write_bytes, write_text)
 import h5py
 import numpy as np
 import torch
@@ -68,7 +69,9 @@ def write_well_file(path, name, pair, fields, domain={}):
         d = group.create_dataset(name, data=np.asarray(data, np.float32))
         d.attrs.update(dict(sample_varying=False, time_varying=False) | attributes)
 
-    with complete_file(path) as part, h5py.File(part, 'w') as f:
+    # in memory first: where a disk is full, HDF5 may end the process
+    file = io.BytesIO()
+    with h5py.File(file, 'w') as f:
         f.attrs.update(dataset_name=name, grid_type='cartesian', n_spatial_dims=2, n_trajectories=B,
                        simulation_parameters=list(scalars), **scalars)
 
@@ -101,6 +104,7 @@ def write_well_file(path, name, pair, fields, domain={}):
             g.attrs['field_names'] = np.array(names, h5py.string_dtype())
             for name in names:
                 dataset(g, name, fields[name], **varying, **symmetry)
+    write_bytes(path, file.getbuffer())
 
 def write_stats(train_dir, path):
     """The Well's stats.yaml: mean, std, rms of fields and of their change between frames."""

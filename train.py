@@ -13,6 +13,7 @@ SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after its step, with a checkpoint
 130 or 138 (128 + signal); a second one ends it at once. docs/slurm.md has a job that is requeued.
 """
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -559,8 +560,13 @@ def open_log(c, step):
             text = path.read_text(errors='replace')            # its last line may be cut short
             lines = re.findall(r'^({"step": (\d+),.*}\n)', text, re.MULTILINE)
             write_text(path, ''.join(line for line, s in lines if int(s) < step))
-        with open(path if RANK == 0 else os.devnull, 'a', buffering=1) as log:    # line by line
-            yield log
+        try:
+            with open(path if RANK == 0 else os.devnull, 'a', buffering=1) as log:        # by line
+                yield log
+        except OSError as e:                                   # a full disk: it has no name
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(f'{path} cannot be written: {e.strerror}') from None
 
 def open_board(c, options, step):
     """The run's page at Weights & Biases, as a context: it ends with it. None without --wandb."""

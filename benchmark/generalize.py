@@ -69,6 +69,7 @@ def measure(sets, fit, parts, runs, orders, scored, folder, trained):
     splits['scored']: {probe: (n, L)}. trained: else the attentive probe is fitted once.
     """
     clean = {'train': sets['train'], 'valid': sets['valid'], 'scored': sets[scored]}
+    clean |= {'unlabelled': sets['unlabelled']} if 'unlabelled' in sets else {}
     y, inputs = sets[scored][1], [how for how in INPUTS if how in sets]  # (n, L)
 
     # the probes are fitted once for clean and spoilt fields
@@ -104,8 +105,8 @@ def with_fewer_labels(clean, fit, orders, runs, folder):
             index = torch.as_tensor(np.flatnonzero(np.isin(runs, taken)))
 
             # the other windows have tokens all the same
-            splits = clean | {'train': (gather([tokens], index, folder), labels[index]),
-                              'unlabelled': clean['train']}
+            few = {'train': (gather([tokens], index, folder), labels[index])}
+            splits = {**clean, **few, 'unlabelled': clean.get('unlabelled', clean['train'])}
             found.append(mean_errors(fit(splits, attentive=False), clean['scored'][1]))
         errors[f'{fraction:g}'] = {p: np.mean([e[p] for e in found]) for p in found[0]}
     return errors

@@ -9,6 +9,7 @@ A dataset is what the `dataset_name` in its files says; without one, what its fo
 """
 import contextlib
 import json
+import math
 import os
 from collections import Counter
 from fnmatch import fnmatch
@@ -21,6 +22,8 @@ import numpy as np
 from systems import System, find_system
 
 DEPTH, MOST = 5, 2000       # folders below X that are looked into: how deep, and how many
+SMALL = 2**30               # bytes: a larger array must be in its file,
+DENSE = 2000                # with so many in one of its bytes at most: gzip packs 1,032 zeros
 
 # --- files
 def list_files(root, split):
@@ -70,6 +73,22 @@ def why_unreadable(path, error):
     return f'{path} is unreadable ({error}): download or simulate it again'
 
 # --- what they say
+def member(group, name, path):
+    """What a group of an open file has under a name, or None. Raises ValueError for what lies in
+    another file, and for more numbers than this one can hold: nothing of it is read."""
+    link = group.get(name, getlink=True)
+    if link is not None and not isinstance(link, h5py.HardLink):
+        raise ValueError(f'{path}: {name} is a link, and links are not followed')
+    # where are its numbers, and how many?
+    found = group.get(name)
+    if isinstance(found, h5py.Dataset):
+        if found.is_virtual or found.external:
+            raise ValueError(f'{path}: {name} has its numbers in another file')
+        size = math.prod(found.shape or ()) * found.dtype.itemsize
+        if size > max(SMALL, DENSE * found.id.get_storage_size()):
+            raise ValueError(f'{path}: {name} has shape {found.shape}, more than the file holds')
+    return found
+
 def as_name(text):
     """A string of an HDF5 attribute."""
     return text.decode() if isinstance(text, bytes) else str(text)
@@ -85,9 +104,11 @@ def periodic_axes(path):
     try:
         with h5py.File(path, 'r') as f:
             axes = [as_name(axis) for axis in np.ravel(f['dimensions'].attrs['spatial_dims'])]
-            periodic = {as_name(axis) for condition in f['boundary_conditions'].values()
-                        if as_name(condition.attrs['bc_type']).upper() == 'PERIODIC'
-                        for axis in np.ravel(condition.attrs['associated_dims'])}
+            group = member(f, 'boundary_conditions', path) or {}
+            conditions = [member(group, name, path).attrs for name in group]
+            periodic = {as_name(axis) for says in conditions
+                        if as_name(says['bc_type']).upper() == 'PERIODIC'
+                        for axis in np.ravel(says['associated_dims'])}
     except (OSError, KeyError, AttributeError):                # open_well_file says what is wrong
         return False, False
     return tuple(axis in periodic for axis in axes[:2])

@@ -26,7 +26,7 @@ DATASETS, MEMORY = 'tests/test_datasets.py', 'tests/test_memory.py'
 BENCHMARK, CARRIES, REPORTING = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'reporting'))
 BENCHMARK, CARRIES, GPU = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'gpu_benchmark'))
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
-REQUEUE = 'tests/test_requeue.py'
+REQUEUE, FAULTS = 'tests/test_requeue.py', 'tests/test_faults.py'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
 MUTANTS = [                                              # file, what stands there once, what instead, tests
@@ -103,7 +103,7 @@ MUTANTS = [                                              # file, what stands the
     ('model.py', 'active_matter=0.079', 'active_matter=0.160', PROTOCOL),
     ('jepa.py', "loss_rows: str = option('local'", "loss_rows: str = option('global'", PROTOCOL),
     # the cache, and tokens that memory does not hold
-    ('data.py', "mmap_mode='r'", "mmap_mode='c'", CACHE),
+    ('data.py', "np.load(self.paths[number], mmap_mode='r')", "np.load(self.paths[number], mmap_mode='c')", CACHE),
     ('data.py', "if not Path(f'{entry[2]}.npy').exists()", 'if entry', CACHE + ' -k killed'),
     ('data.py', 'if needed > free:', 'if False:', CACHE + ' -k hold'),
     ('data.py', '(run - self.first[number], *rest)', '(0, *rest)', DATA + ' -k files_values'),
@@ -137,7 +137,7 @@ MUTANTS = [                                              # file, what stands the
     ('probe.py', "'unlabelled' if 'unlabelled' in features else 'train'", "'train'", PROBE + ' -k all_training_tokens'),
     ('probe.py', "'unlabelled' if 'unlabelled' in features else 'train'", "'valid'", PROBE + ' -k all_training_tokens'),
     ('probe.py', '(splits[scored][0] - centre) @', 'splits[scored][0] @', PROBE + ' -k all_training_tokens'),
-    ('benchmark/generalize.py', "'unlabelled': clean['train']", "'scored': clean['scored']", CARRIES + ' -k whole_runs'),
+    ('benchmark/generalize.py', "'unlabelled': clean.get('unlabelled', clean['train'])}", "}", CARRIES + ' -k whole_runs'),
     ('benchmark/generalize.py', 'for order in orders:', 'for order in orders[:1]:', CARRIES + ' -k whole_runs'),
     ('eval.py', 'self.targets[name]', 'self.targets[name].flip(0)', EVAL + ' -k windows_label'),
     ('eval.py', 'encoder.head = torch.nn.Identity()', 'pass', EVAL + ' -k floors'),
@@ -214,8 +214,8 @@ MUTANTS = [                                              # file, what stands the
     ('probe.py', "x, y = splits['valid']", "x, y = splits['train']", PROBE),
     ('probe.py', '((x - mean) / std, splits', '(x - mean, splits', PROBE),
     ('eval.py', 'if noise > 0:', 'if False:', EVAL + ' -k noise'),
-    ('eval.py', 'SPLITS.index(name), *window)', 'SPLITS.index(name), first)', EVAL + ' -k noise'),
-    ('eval.py', 'SPLITS.index(name)', '0', EVAL + ' -k noise'),
+    ('eval.py', "'unlabelled').index(name), *window)", "'unlabelled').index(name), first)", EVAL + ' -k noise'),
+    ('eval.py', "(*SPLITS, 'unlabelled').index(name)", '0', EVAL + ' -k noise'),
     ('eval.py', 'self.c.seed, 5, ', '5, ', EVAL + ' -k noise'),
     ('eval.py', 'jobs[RANK::WORLD], size', 'jobs[RANK:], size', EVAL + ' -k processes'),
     ('eval.py', 'if RANK == 0:', 'if True:', EVAL + ' -k processes_share'),
@@ -356,6 +356,23 @@ MUTANTS = [                                              # file, what stands the
     ('data.py', 'std > 1e-5 * size', 'std > 1e-3 * size', FILES + ' -k small'),
     ('train.py', 'data.frames[run] - FRAMES', 'max(data.frames) - FRAMES', FILES + ' -k own_frames'),
     ('common.py', 'part.unlink(missing_ok=True)', 'pass', FILES + ' -k full_disk'),
+    # few labels: the fields of the other runs are there all the same
+    ('eval.py', "            windows['unlabelled'] = windows['train']", '            pass', CARRIES + ' -k trained_with_few'),
+    ('eval.py', "np.full_like(of_runs['train'], np.nan)", "of_runs['train']", CARRIES + ' -k trained_with_few'),
+    ('benchmark/generalize.py', "clean.get('unlabelled', clean['train'])", "clean['train']", CARRIES + ' -k trained_with_few'),
+    # faults
+    ('systems/datasets.py', 'not isinstance(link, h5py.HardLink)', 'False', FAULTS + ' -k odd_files'),
+    ('systems/datasets.py', 'found.is_virtual or found.external', 'found.external', FAULTS + ' -k odd_files'),
+    ('systems/datasets.py', 'found.is_virtual or found.external', 'found.is_virtual', FAULTS + ' -k odd_files'),
+    ('systems/datasets.py', 'DENSE = 2000', 'DENSE = 50', FAULTS + ' -k packs_well'),
+    ('systems/datasets.py', 'if size > max(SMALL', 'if False and size > max(SMALL', FAULTS + ' -k odd_files'),
+    ('data.py', "d = member(f['dimensions'], name, f.filename)", "d = f['dimensions'].get(name)", FAULTS + ' -k odd_files'),
+    ('data.py', "d = member(f['scalars'], name, path)", "d = f['scalars'].get(name)", FAULTS + ' -k odd_files'),
+    ('data.py', "list(fields.shape) == about['shape']", "True", FAULTS + ' -k damaged_cache'),
+    ('data.py', 'sound = fields.dtype == np.float32 and', 'sound =', FAULTS + ' -k damaged_cache'),
+    ('common.py', 'if sum(part.file_size for part', 'if False and sum(part.file_size for part', FAULTS + ' -k no_larger'),
+    ('train.py', "raise OSError(f'{path} cannot be written: {e.strerror}')", 'raise', FAULTS + ' -k each_script'),
+    ('simulate.py', 'file = io.BytesIO()', "file = path.with_name('part')", FAULTS + ' -k ends_a_simulation'),
 ]
 
 

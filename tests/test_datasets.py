@@ -182,7 +182,7 @@ def test_two_of_them_are_refused(files, here, real, flag):
     for find in lambda: parse('--data-dir', 'B'), lambda: data.find_dataset('active_matter', 'B'):
         with pytest.raises(ValueError) as error:
             find()
-        offers = f'--data-dir B/active_matter (6 files, simulated)', f'--data-dir {flag} (6 files)'
+        offers = '--data-dir B/active_matter (6 files, simulated)', f'--data-dir {flag} (6 files)'
         assert '2 datasets active_matter under B' in str(error.value) and all(o in str(error.value) for o in offers)
     assert parse('--data-dir', flag).preset == 'paper'
     assert parse('--data-dir', 'B/active_matter', '--crop', 16).preset == 'nano'

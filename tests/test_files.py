@@ -18,7 +18,7 @@ import data
 import eval as evaluation
 import plot
 import train
-from helpers import HERE, TINY, command
+from helpers import HERE, TINY
 from model import load_checkpoint, load_run
 from systems import System
 
@@ -193,7 +193,7 @@ BAD_FIELDS = {                                                           # what 
     'a text': ({'t0_fields/a': 'text'}, ['a in t0_fields is not an array of numbers']),
     'empty': ({'t0_fields/a': noise(0, 33, 16, 16)}, ['a in t0_fields']),
     'a group': ({'t0_fields/a/b': noise(2, 33, 16, 16)}, ['a in t0_fields']),
-    'a broken link': ({'t0_fields/a': h5py.SoftLink('/nowhere')}, ['a in t0_fields']),
+    'a broken link': ({'t0_fields/a': h5py.SoftLink('/nowhere')}, ['a is a link']),
     'a name twice': ({'t0_fields/v_x': noise(2, 33, 16, 16), 't1_fields/v': noise(2, 33, 16, 16, 2)}, ['two channels', 'v_x']),
 }
 

@@ -10,6 +10,7 @@ import torch
 
 import data
 import eval as evaluation
+import probe
 import train
 from benchmark import generalize, report
 from benchmark.generalize import INPUTS, held_out_values, spoilt
@@ -324,8 +325,16 @@ def test_an_encoder_trained_with_few_labels(well, tmp_path, monkeypatch):
     assert set(run.windows['train'][:, 0]) == known and len(run.windows['train']) == 3 * 4
     assert set(run.windows['valid'][:, 0]) == {0, 1, 2, 3}
     assert np.allclose(run.targets['train'][::4], run.splits['train'].standard_labels[sorted(known)])
+    given, standardize = [], probe.standardize
+    monkeypatch.setattr(probe, 'standardize', lambda splits: given.append(splits) or standardize(splits))
     found = evaluated(out, '--generalize')
     assert found['windows'] == {'train': 9, 'valid': 12}
+
+    # but all fields are there: z-scored by all windows, whose labels nobody can read
+    for splits in given:
+        x, y = splits['unlabelled']
+        assert len(x) == 18 and y.isnan().all() and len(splits['train'][0]) <= 9
+    assert len(given) > 4
     by = found['generalization']['random init']['labels']
     assert by['0.5'] == by['1'] != by['0.2']                             # of all runs; it knows no more than half
 

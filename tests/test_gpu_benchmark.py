@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import train
 from benchmark import gpu, speed
 from helpers import HERE
 from jepa import ChannelNorm, DepthwiseConv3d, Stem

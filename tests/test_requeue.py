@@ -22,7 +22,7 @@ import eval as evaluation
 import probe
 import simulate
 import train
-from helpers import (ALPHAS, FORKS, GRID, HERE, NAME, RUNS, STEPS, TINY, ZETAS, command, files_of, linked, losses,
+from helpers import (ALPHAS, FORKS, GRID, HERE, RUNS, STEPS, TINY, ZETAS, command, files_of, linked, losses,
                      read_bytes)
 from model import load_checkpoint, load_run
 from run_script import run_script

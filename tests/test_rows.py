@@ -6,7 +6,7 @@ import pytest
 import eval as evaluation
 from benchmark import cells, report
 from benchmark.cells import GROUPS, ROWS, Settings, find_cell, settings_of, why_stale
-from benchmark.report import EXPERIMENT, FEWER, PAPER_TABLES
+from benchmark.report import FEWER, PAPER_TABLES
 from common import parse
 from helpers import HERE
 from systems import system_names

@@ -11,7 +11,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from model import embedding_health
 import videomae
