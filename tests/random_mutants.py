@@ -27,7 +27,7 @@ from mutants import HERE, copied
 
 FILES = [HERE / f'{name}.py' for name in ('train', 'data', 'eval', 'probe', 'vicreg', 'jepa', 'objectives', 'model')]
 FILES += sorted((HERE / 'systems').glob('*.py'))
-TESTMON = ['-m', 'pytest', '-q', '--testmon', '-p', 'no:cacheprovider']
+TESTMON = ['-m', 'pytest', '-q', '--testmon']
 LIMIT = 600                                              # seconds: a mutant that never ends is caught, too
 
 
@@ -80,7 +80,7 @@ def main():
         run = lambda *flags: subprocess.run([sys.executable, *TESTMON, *flags], cwd=house, env=environment,
                                             capture_output=True, text=True, timeout=LIMIT if flags else None)
         if not args.list and (p := run()).returncode:
-            raise SystemExit(f'error: not all tests pass with nothing broken\n{p.stdout}')
+            raise SystemExit(f'error: not all tests pass with nothing broken\n{p.stdout}{p.stderr}')
         for i, (path, operator, occurrence) in enumerate(sample):
             found = broken(path, operator, occurrence)
             if i < args.first or not found:
