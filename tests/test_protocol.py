@@ -4,6 +4,7 @@ Sources: [T] the paper's text, arXiv 2603.13227; [C] its code, helenqu/physical-
 [V] VideoMAE's code, MCG-NJU/VideoMAE; [M] MPP's, PolymathicAI/multiple_physics_pretraining; [O] ours, docs/protocol.md says
 why.
 """
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -15,6 +16,7 @@ import probe
 import train
 from benchmark import finetune
 from data import Split
+from helpers import HERE
 from model import Inputs, Model
 from systems import System, find_system
 
@@ -352,3 +354,23 @@ def test_the_papers_fine_tuning():
 def test_the_plateau_halves_the_rate():
     _, schedule = finetune.optimizer_of(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), True, 1e-3, 10)
     assert (schedule.factor, schedule.patience, schedule.mode) == (0.5, 5, 'min')
+
+
+# ---------------------------------------------------------------------------------------------
+# the systems and their datasets: another number here makes other data, and no test would see it
+
+def described(name):
+    """All plain settings of a system, and of its datasets, as JSON has them."""
+    system = find_system(name)
+    settings = {k: v for k, v in vars(system).items() if not callable(v) and k != 'presets'}
+    presets = {k: {n: v for n, v in vars(p).items() if n != 'about'} for k, p in system.presets.items()}
+    files = {k: [system.scalars(*p.pairs[1], **p.domain), [axis.tolist()[:3] for axis in system.axes(*p.grid, **p.domain)]]
+             for k, p in system.presets.items()}
+    return json.loads(json.dumps(dict(settings=settings, presets=presets, files=files)))
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_what_the_results_were_made_with(name):
+    """tests/data/systems.json: if a change is meant, write it anew, as all results are of other data then."""
+    there = json.loads((HERE / 'tests/data/systems.json').read_text())[name]
+    assert described(name) == there
