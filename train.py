@@ -139,11 +139,14 @@ def parse(argv, description, missing=False):
     flags = vars(parser.parse_args(argv))                      # those that were given
     if 'epochs' in flags and 'steps' not in flags:             # a preset may have set the steps
         flags['steps'] = -1
+    # words, as infonce, that are not the preset's: a folder of their own
+    given = [(flags[f.name], settings[f.name]) for f in fields(module.Options) if f.name in flags]
+    words = [v for v, default in given if v != default and isinstance(v, str) and v.isidentifier()]
     settings |= flags | dict(preset=preset, data=name,
                              data_dir=str(folder if name == early.data else root))
     c, options = (cls(**{f.name: settings[f.name] for f in fields(cls)})
                   for cls in (Config, module.Options))
-    complete(c, missing)
+    complete(c, words, missing)
 
     # does the model take these fields?
     (crop, periodic), channels = system.part(c.whole), None
@@ -191,9 +194,9 @@ def preset_settings(module, preset, system):
         raise ValueError(f'{module.__name__}.py: PRESETS sets {names}, which is no setting')
     return settings
 
-def complete(c, missing=False):
-    """Fill in what depends on the rest of a Config; ValueError for what will not do. missing: what
-    it starts from need not be there."""
+def complete(c, words=(), missing=False):
+    """Fill in what depends on the rest of a Config; ValueError for what will not do. words: of the
+    run's folder. missing: what it starts from need not be there."""
     at_least(c, 1, 'stride', 'batch', 'save_every')
     at_least(c, 0, 'resolution', 'crop', 'micro_batch', 'noise', 'min_lr', 'warmup_epochs',
              'weight_decay', 'seed', 'save_minutes', 'keep_every', 'probe_every')
@@ -231,9 +234,9 @@ def complete(c, missing=False):
 
     # where it starts, and where it is written
     if not c.out:
-        labels = '-supervised' if c.supervised else ''
-        labels += f'-{c.label_fraction:g}' if c.label_fraction < 1 else ''
-        c.out = f'out/{c.data}-{c.model}-{c.preset}{labels}-seed{c.seed}'
+        words = [*words, *(['supervised'] if c.supervised else []),
+                 *([f'{c.label_fraction:g}'] if c.label_fraction < 1 else [])]
+        c.out = '/'.join(['out', '-'.join([c.data, c.model, c.preset, *words, f'seed{c.seed}'])])
     c.init = c.init and str(Path(c.init))                      # without a slash at its end
     places = Path(c.init), Path(c.out) / 'ckpt.pt'
     if c.init and not missing and not any(place.exists() for place in places):

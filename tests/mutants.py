@@ -26,6 +26,7 @@ DATASETS, MEMORY = 'tests/test_datasets.py', 'tests/test_memory.py'
 BENCHMARK, CARRIES, REPORTING = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'reporting'))
 BENCHMARK, CARRIES, GPU = (f'tests/test_{name}.py' for name in ('benchmark', 'generalize', 'gpu_benchmark'))
 TABLES = 'tests/test_report.py --deselect tests/test_report.py::test_the_pages_say_what_results_says'
+FLUIDS = 'tests/test_fluids.py'
 REQUEUE, FAULTS = 'tests/test_requeue.py', 'tests/test_faults.py'
 RANKS = 'test_all.py::test_two_ranks_equal_one_process'
 
@@ -371,8 +372,28 @@ MUTANTS = [                                              # file, what stands the
     ('data.py', "list(fields.shape) == about['shape']", "True", FAULTS + ' -k damaged_cache'),
     ('data.py', 'sound = fields.dtype == np.float32 and', 'sound =', FAULTS + ' -k damaged_cache'),
     ('common.py', 'if sum(part.file_size for part', 'if False and sum(part.file_size for part', FAULTS + ' -k no_larger'),
-    ('train.py', "raise OSError(f'{path} cannot be written: {e.strerror}')", 'raise', FAULTS + ' -k each_script'),
+    ('train.py', "raise OSError(f'{path} cannot be written: {e.strerror}')", 'raise OSError(e.strerror)', FAULTS + ' -k each_script'),
+    ('train.py', 'if v != default and isinstance', 'if isinstance', TRAIN + ' -k folder_of_its_own'),
+    ('train.py', "c.preset, *words, f'seed", "c.preset, f'seed", TRAIN + ' -k folder_of_its_own'),
     ('simulate.py', 'file = io.BytesIO()', "file = path.with_name('part')", FAULTS + ' -k ends_a_simulation'),
+    # chosen by a reader, who thought that nothing would notice
+    ('systems/rayleigh_benard.py', 'nu, kappa = (ra / pr)', 'kappa, nu = (ra / pr)', FLUIDS + ' -k only_diffuses'),
+    ('systems/shear_flow.py', '1 / Re / Sc * k2', '1 / Re * Sc * k2', FLUIDS + ' -k only_diffuses'),
+    ('systems/shear_flow.py', 'shuffled[ends[split]:ends[split + 1]]', 'shuffled', FLUIDS + ' -k wells_starts'),
+    ('systems/active_matter.py', '(c + m.real) / 2, m.imag / 2, m.imag / 2,', '(c + m.real) / 2, -m.imag / 2, -m.imag / 2,',
+     'tests/test_active_matter.py -k of_the_rods'),
+    ('systems/numerics.py', "'diffusivity': lost(mixed)", "'diffusivity': lost(s)", STATISTICS + ' -k drifts'),
+    ('jepa.py', 'SmallEncoder(channels, options.widths, options.rate)', 'SmallEncoder(channels, options.widths)',
+     'tests/test_jepa.py -k reach_them'),
+    ('jepa.py', 'chunks=o.chunks, generator=generator)', 'chunks=o.chunks)', 'tests/test_jepa.py -k reach_them'),
+    ('videomae.py', 'decoder_heads=heads, mask_ratio=o.mask_ratio)', 'decoder_heads=heads)', 'tests/test_videomae.py -k reaches'),
+    ('train.py', 'c.augment, seeds(3)', 'False, seeds(3)', PROTOCOL + ' -k are_turned'),
+    ('data.py', 'for s in self.symmetries if h == w', 'for s in self.symmetries if H == W', FILES + ' -k square_crops'),
+    ('eval.py', "noise = protocol.pop('noise', None)", "protocol.pop('noise', None)", EVAL + ' -k papers_probe'),
+    ('probe.py', 'mlp_ratio, 8, dropout).to(device)', 'mlp_ratio, 8).to(device)', EVAL + ' -k papers_probe'),
+    ('eval.py', 'epochs = max(epochs, args.epochs)', 'epochs = args.epochs', PROBE + ' -k few_windows'),
+    ('eval.py', 'for k in run.labels], 1)[which]', 'for k in run.labels], 1)[which[::-1]]', EVAL + ' -k kept_embeddings'),
+    ('eval.py', 'mlp_ratio=run.mlp_ratio, seed=run.probe_seed', 'mlp_ratio=run.mlp_ratio, seed=0', EVAL + ' -k seeds_reach'),
 ]
 
 

@@ -207,3 +207,14 @@ def test_simulation_is_reproducible():
     for name in first:
         assert np.array_equal(first[name], again[name]) and np.array_equal(first[name][0], other[name][0]), name
         assert name == 'concentration' or not np.array_equal(first[name][1], other[name][1]), name
+
+
+def test_the_tensors_in_the_files_are_of_the_rods():
+    """Rods at an angle of 30 degrees: D = <n n> has n_x n_y > 0, and its larger axis is theirs."""
+    angle, order = np.pi / 6, 0.6
+    c = torch.ones(1, 16, 16, dtype=torch.float64)
+    m = order * np.exp(2j * angle) * c
+    D = active_matter.ActiveMatter([-1.0], [1.0], c, m, 0.05).fields()['D'][0, 3, 4].numpy()
+    values, axes = np.linalg.eigh(D)
+    along = axes[:, 1] * np.sign(axes[0, 1])
+    assert np.allclose(along, [np.cos(angle), np.sin(angle)]) and np.allclose(values, [(1 - order) / 2, (1 + order) / 2])

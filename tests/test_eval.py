@@ -169,6 +169,13 @@ def test_seeds_reach_data_and_probe(well, here, capsys, monkeypatch):
         (well / 'active_matter' / 'simulated.json').unlink()
     assert json.loads((here / 'out/a/eval.json').read_text())['seeds'] == {'data': 5, 'training': 3, 'probe': 4}
 
+    # the run's seed, if no other is asked for
+    seen, attentive = [], probe.attentive
+    monkeypatch.setattr(probe, 'attentive', lambda *args, **settings: seen.append(settings['seed']) or attentive(*args, **settings))
+    for flags in [], ['--seed', 4]:
+        says(capsys, *flags, *QUICK)
+    assert set(seen[:len(seen) // 2]) == {3} and set(seen[len(seen) // 2:]) == {4}
+
 
 def test_probes_see_the_noise_of_training(well, here):
     """Of the std that training had, or that the paper's probe has; on the normalised fields."""
@@ -296,7 +303,13 @@ def test_the_papers_probe(well, here, capsys, monkeypatch):
         ({k: len(x) for k, (x, _) in splits.items()}, settings)) or attentive(splits, *args, **settings))
     monkeypatch.setitem(models.PAPER_PROBE, ('videomae', 'active_matter'), dict(noise=0.1, dropout=0.2))
     monkeypatch.setattr(find_system('active_matter'), 'probe_windows', (20, 9))
+    noises, encode = [], evaluation.Run.encode
+    monkeypatch.setattr(evaluation.Run, 'encode', lambda run, *args, **settings: noises.append(settings.get('noise'))
+                        or encode(run, *args, **settings))
+    dropped, dropout = [], torch.nn.Dropout
+    monkeypatch.setattr(probe.nn, 'Dropout', lambda p: dropped.append(p) or dropout(p))
     says(capsys, '--probe', 'paper', '--epochs', 2, '--stride', 16)
+    assert noises[0] == 0.1 and 0.2 in dropped
     windows, settings = seen[0]
     assert (windows['train'], windows['valid']) == (20, 9)
     assert {k: settings[k] for k in ('batch', 'warmup_epochs', 'keep_best', 'dropout', 'scored')} == dict(
@@ -459,3 +472,16 @@ def test_products_of_many_features_are_no_row(trained, here, monkeypatch, capsys
             name: (torch.randn(len(x), 1, width), y) for name, (x, y) in embed(*args, **how).items()})
         assert ('JEPA, with products' in says(capsys, 'out/a', *QUICK, '--probes', 'linear')) == (width == 64)
         monkeypatch.setattr(evaluation.Run, 'embed', embed)
+
+
+def test_kept_embeddings_have_the_labels_of_their_runs(well, here, capsys):
+    made(well, 'out/a')
+    says(capsys, 'out/a', *QUICK, '--probes', 'linear', '--save-embeddings', 'kept.npz')
+    run, kept = evaluation.Run('out/a', evaluation.Settings(stride=16, split='test')), np.load('kept.npz')
+    embed = run.encode(run.model('cpu'))
+    for i in range(0, len(kept['run']), 5):
+        split = run.splits[str(kept['split'][i])]
+        mine = split.runs[kept['run'][i]]
+        assert kept['labels'][i].tolist() == [mine['scalars'][name] for name in run.labels] and kept['filename'][i] == mine['file']
+        tokens = embed(split.load([(kept['run'][i], kept['frame'][i])], frames=16))
+        assert np.allclose(kept['embedding'][i], tokens.mean(1)[0], atol=1e-5)

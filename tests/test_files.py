@@ -486,7 +486,7 @@ def test_the_wells_datasets_are_trained_on_evaluated_and_drawn(tmp_path, monkeyp
     make_well(tmp_path / 'data' / name, **THE_WELL[name])
     flags = ['--data', name, '--resolution', 0, '--crop', 16, '--batch', 4, '--micro-batch', 4, '--steps', 2]
     train.main([str(v) for v in (*TINY, *flags)])
-    out = tmp_path / f'out/{name}-jepa-nano-seed0'
+    out = tmp_path / f'out/{name}-jepa-nano-convnext-seed0'
     state, about = load_checkpoint(out / 'ckpt.pt'), THE_WELL[name]
     labels = [k for k, v in about.items() if isinstance(v, tuple) and isinstance(v[0], float) and v[0] != v[1]]
     assert sorted(state['labels']) == sorted(labels)
@@ -508,3 +508,17 @@ def test_the_wells_datasets_are_trained_on_evaluated_and_drawn(tmp_path, monkeyp
     monkeypatch.setattr(plot, 'canvas', lambda width, height: plot.plt.figure(figsize=(width / 2, height / 2), dpi=30))
     plot.main([])
     assert len(list((tmp_path / 'figures').iterdir())) == (3 if labels else 2)
+
+
+def test_square_crops_of_a_longer_field_are_turned(tmp_path, monkeypatch):
+    """By all eight symmetries, though the field itself allows but four."""
+    root = dataset(tmp_path, fields={'t0_fields/c': noise(1, 33, 16, 32)})
+    split, seen, transform = open_split(root, System(periodic=(True, True), symmetries=tuple(range(8)))), set(), data.transform
+    monkeypatch.setattr(data, 'transform', lambda cut, components, element, out: seen.add(element) or transform(cut, components, element, out))
+    for seed in range(60):
+        split.load([(0, 0)], frames=1, crop=16, augment=True, seeds=[seed])
+    assert seen == set(range(1, 8))
+    seen.clear()
+    for seed in range(60):
+        split.load([(0, 0)], frames=1, augment=True, seeds=[seed])
+    assert seen == {1, 4, 5}                                             # no quarter turn

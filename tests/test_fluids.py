@@ -4,11 +4,14 @@ systems/shear_flow.py and systems/rayleigh_benard.py, against another solver and
 tests/data/reference_flows.npz: fields that an established spectral framework computed in double precision, of
 shear flow at Re 1000, Sc 1 and of convection at Ra 1e6, Pr 1 (<system>/<field>, at the times <system>/t).
 """
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from helpers import HERE, both_dtypes
+from systems import find_system, shear_flow as shear_flow_file
 from systems.rayleigh_benard import RayleighBenard, chebyshev_nodes, rayleigh_benard_start
 from systems.shear_flow import ShearFlow, shear_flow_start
 
@@ -200,3 +203,33 @@ def test_convection_carries_the_same_heat_everywhere():
     v_x = np.fft.ifft(0.5j * np.pi * np.fft.fftfreq(32, 1 / 32)[:, None] * np.fft.fft(f['v'], axis=0), axis=0).real
     assert at_walls[0] > 1.5 and at_walls == pytest.approx(1 + work / kappa, rel=1e-3)
     assert kappa * mean((v_x - polynomial(f['u'], 1))**2) == pytest.approx(work, rel=1e-3)
+
+
+def test_heat_that_only_diffuses_decays_as_its_number_says():
+    """Where nothing flows, at a Prandtl and a Schmidt number that are not 1: else two diffusivities are one."""
+    y = torch.tensor(chebyshev_nodes(16))
+    b = (1 - y) + 0.1 * torch.sin(np.pi * y) + torch.zeros(16, 1, dtype=y.dtype)
+    heat = RayleighBenard([100.0], [4.0], b[None])
+    heat.advance(1.0)                                                    # kappa = (100 x 4)^-1/2
+    expected = 0.1 * torch.sin(np.pi * y) * np.exp(-np.pi**2 / 20)
+    assert np.allclose(on_grid(heat)['buoyancy'] - (1 - y.numpy()), expected, atol=1e-6)
+
+    y = torch.tensor(-1 + 2 * np.arange(32) / 32)
+    dye = torch.sin(np.pi * y) + torch.zeros(16, 1, dtype=y.dtype)
+    still = ShearFlow([10.0], [4.0], torch.zeros(1, 2, 16, 32, dtype=y.dtype), dye[None])
+    still.advance(1.0)                                                   # kappa = 1 / (10 x 4)
+    assert np.allclose(on_grid(still)['tracer'], dye * np.exp(-np.pi**2 / 40), atol=1e-6)
+
+
+def test_the_wells_starts_of_shear_flow_are_in_one_split_each(monkeypatch):
+    """Sixty of them, for 40 runs of each pair of parameters: all are used."""
+    system = find_system('shear_flow')
+    p = dataclasses.replace(system.presets['well'], grid=(8, 16))
+    p.settings = p.settings | {'refine': 1}
+    monkeypatch.setattr(shear_flow_file, 'ShearFlow', lambda reynolds, schmidt, velocity, tracer: velocity)
+    starts = []
+    for split, runs in enumerate(p.runs.values()):
+        keys = [[0, split, pair, run] for pair in range(len(p.pairs)) for run in range(runs)]
+        starts.append({u.numpy().tobytes() for u in system.solver([p.pairs[key[2]] for key in keys], keys, p, 'cpu')})
+    train, valid, test = starts
+    assert not train & valid and not train & test and not valid & test and min(map(len, starts)) > 1

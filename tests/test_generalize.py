@@ -318,7 +318,7 @@ def test_an_encoder_trained_with_few_labels(well, tmp_path, monkeypatch):
         run for run, _ in windows) or load(self, windows, *args, **settings))
     flags = [*TINY, '--data-dir', well, '--steps', 4, '--seed', 5, '--supervised', '--label-fraction', 0.5]
     train.main([str(v) for v in flags])
-    out = Path('out/active_matter-jepa-nano-supervised-0.5-seed5')
+    out = Path('out/active_matter-jepa-nano-convnext-supervised-0.5-seed5')
     run = evaluation.Run(out, evaluation.Settings(stride=16))
     known = set(run.splits['train'].labelled(0.5, 5).tolist())
     assert seen == known and len(known) == 3 and load_checkpoint(out / 'ckpt.pt')['config']['label_fraction'] == 0.5

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
+from model import Inputs, find_model
 from jepa import JEPA, DepthwiseConv3d, Encoder, Predictor, load_published
 from variants.small import SmallEncoder, jets
 
@@ -166,3 +167,13 @@ def test_the_small_encoder_in_bfloat16():
         assert jets(x).dtype == torch.float32
         rounded = encoder(x).float()
     assert (rounded - encoder(x)).std() < 0.05 * encoder(x).std(0).mean()
+
+
+def test_settings_of_the_loss_and_the_encoder_reach_them():
+    """--rate; and the chunks of VICReg are rows at random, other ones in another step."""
+    module, inputs = find_model('jepa'), Inputs('x', ['a'], (True, True), (32, 32), paired=False)
+    small = module.build(module.Options(encoder='statistics', widths=(8, 8, 8, 8), rate=3.0), inputs)
+    assert small.encoder.rate == 3.0
+    network, (p, z) = module.build(module.Options(chunks=2), inputs), torch.randn(2, 4, 128, 2, 2)
+    losses = [network.loss(p, z, torch.Generator().manual_seed(seed))['loss'].item() for seed in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]

@@ -3,6 +3,7 @@ import math
 
 import torch
 
+import eval as evaluation
 import probe
 from helpers import both_dtypes, check_parity, fill, inputs
 
@@ -157,3 +158,17 @@ def test_tokens_that_memory_does_not_hold(tmp_path, monkeypatch):
     assert [len(part) for part in probe.parts(stored['valid'][0])] == [3] * 6 + [2]
     for a, b in zip(whole, [probe.attentive(stored, epochs=5)[0], probe.linear(stored)[0], probe.knn(stored)[0]]):
         assert (a - b.to(a)).abs().median() < 0.01                       # a near neighbour may be another
+
+
+def test_a_probe_of_few_windows_has_its_epochs(monkeypatch):
+    """At least as many as it is told, and as many as --epochs says."""
+    torch.manual_seed(0)
+    splits = {name: (torch.randn(9, 2, 8), torch.randn(9, 1)) for name in ('train', 'valid', 'test')}
+    had, attentive = [], probe.attentive
+    monkeypatch.setattr(probe, 'attentive', lambda *args, tick, **settings: attentive(
+        *args, tick=lambda: had.append(args[2]), **settings))
+    for asked, least, epochs in (1, 0, 1), (1, 7, 7), (7, 3, 7):
+        args = evaluation.Settings(epochs=asked, split='test', probes='attentive')
+        evaluation.fit_probes(splits, args, 'x', epochs=least)
+        assert had == [epochs] * epochs
+        had.clear()

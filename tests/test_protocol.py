@@ -241,6 +241,16 @@ def test_other_time_views_share_the_run_alone():
     assert train.other_time(0, 16, 0) == 16                              # the only one there is
 
 
+@pytest.mark.parametrize('views', ['unpaired', 'other-time'])
+@pytest.mark.parametrize('augment', [True, False])
+def test_both_views_are_turned_or_none(views, augment):
+    data, asked = Places(), []
+    load = data.load
+    data.load = lambda windows, frames, crop, augment, *more: asked.append(augment) or load(windows, frames, crop, augment, *more)
+    train.load_batch(data, train.Config(views=views, crop=4, augment=augment, batch=8, micro_batch=8), 0, 0)
+    assert asked == [augment, augment]
+
+
 # ---------------------------------------------------------------------------------------------
 # probes and fine-tuning
 

@@ -118,3 +118,10 @@ def test_splits_know_their_grid(tmp_path):
     for n in 32, 48, 64:                                                 # larger than the file: even to the ends
         gy = np.array(Split(root, System(), 'train', resolution=n).grid[1])
         assert np.allclose(np.diff(gy), 16 / n) and gy.mean() == pytest.approx(7.5)
+
+
+def test_a_scalar_whose_mean_drifts_does_not_diffuse_more():
+    """As the buoyancy of convection, heated from below."""
+    still, s = torch.zeros(1), field(torch.sin(math.pi / 2 * x)) * (1 - 0.1 * t)
+    found, drifting = (fluid_statistics(zero, zero, values, still, GRID)['diffusivity'] for values in (s, s + 3 * t))
+    assert drifting.item() == near(found.item(), 1e-3)

@@ -219,3 +219,14 @@ def test_labels_leave_a_network_what_it_is(tmp_path):
             kept = {k for k, v in plain.named_parameters() if plain.undecayed(k, v)}
             assert kept == {k.removeprefix('network.') for k, v in labelled.named_parameters()
                             if k.startswith('network.') and labelled.undecayed(k, v)} and 'mask_token' in kept
+
+
+@pytest.mark.parametrize('flags, name', [
+    ([], 'active_matter-jepa-nano-seed0'), (['--loss', 'vicreg', '--seed', '2'], 'active_matter-jepa-nano-seed2'),
+    (['--loss', 'infonce'], 'active_matter-jepa-nano-infonce-seed0'),
+    (['--loss', 'sigreg', '--target', 'ema', '--momentum', '0.9,1'], 'active_matter-jepa-nano-sigreg-ema-seed0'),
+    (['--model', 'vjepa', '--masks', 'random', '--supervised', '--label-fraction', '0.5'],
+     'active_matter-vjepa-nano-random-supervised-0.5-seed0')])
+def test_a_run_of_another_loss_has_a_folder_of_its_own(here, flags, name):
+    """Else the second of two would be refused, as the first one's settings differ."""
+    assert train.parse(flags, '')[0].out == f'out/{name}'

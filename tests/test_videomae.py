@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import embedding_health
+from model import Inputs, embedding_health, find_model
 import videomae
 from helpers import PARITY, both_dtypes, check_parity, fill, inputs
 from videomae import VideoMAE
@@ -374,3 +374,14 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
     assert str(e.value).isprintable()                                    # one line
     with pytest.raises(FileNotFoundError):
         videomae.load_published(small_videomae(), tmp_path / 'nowhere.pth')
+
+
+def test_the_share_that_is_hidden_reaches_the_network():
+    module = find_model('videomae')
+    for share, hidden in (0.5, 8), (0.75, 12):
+        options = module.Options(size='nano', patch=8, mask_ratio=share, decoder_width=64, decoder_depth=1)
+        network = module.build(options, Inputs('x', ['a'], (True, True), (32, 32)))
+        seen = []
+        network.encoder.register_forward_hook(lambda module, args, tokens: seen.append(tokens.shape[1]))
+        network(*torch.randn(2, 2, 1, 16, 32, 32), torch.Generator())
+        assert seen == [8 * (16 - hidden)], seen
