@@ -80,7 +80,7 @@ class Config:
     weight_decay: float = of_optimizer(0.05, "AdamW's weight decay")
     seed: int = of_optimizer(0, 'of everything random; also of data that are simulated now')
     # the machine: none of this changes what is learned, but for dtype
-    out: str = of_machine('', 'folder of the run (default: out/<data>-<model>-<preset>-seed<seed>)')
+    out: str = of_machine('', 'folder of the run (default: one of its own in out/)')
     device: str = of_machine('auto', 'cuda, cpu, mps (a Mac; not tried), or auto')
     dtype: str = of_machine('auto', 'float32, float64, bfloat16, float16 (its loss is scaled), or '
                             'auto: on a GPU bfloat16, or float16 if it has none')
@@ -236,7 +236,7 @@ def complete(c, words=(), missing=False):
     if not c.out:
         words = [*words, *(['supervised'] if c.supervised else []),
                  *([f'{c.label_fraction:g}'] if c.label_fraction < 1 else [])]
-        c.out = '/'.join(['out', '-'.join([c.data, c.model, c.preset, *words, f'seed{c.seed}'])])
+        c.out = 'out/' + '-'.join([c.data, c.model, c.preset, *words, f'seed{c.seed}'])
     c.init = c.init and str(Path(c.init))                      # without a slash at its end
     places = Path(c.init), Path(c.out) / 'ckpt.pt'
     if c.init and not missing and not any(place.exists() for place in places):
