@@ -433,7 +433,7 @@ def survives(file, old, new, tests, folder):
     (house / file).write_text(text.replace(old, new, 1))
     p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', *tests.split()], cwd=house,
                        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if p.returncode not in (0, 1):
+    if p.returncode > 1:                                                 # not by a signal, as where HDF5 aborts
         raise SystemExit(f'error: {tests}: {p.stdout}{p.stderr}')
     return p.returncode == 0
 
