@@ -13,6 +13,7 @@ from helpers import (ALPHAS, CHANNELS, FLUIDS, GRID, NAME, RUNS, ZETAS, attribut
                      linked, make_miniature, make_published, read_bytes)
 from systems import find_system, rayleigh_benard as convection
 from systems.active_matter import active_matter_start
+from systems.datasets import read_recipe
 from systems.rayleigh_benard import rayleigh_benard_start
 from systems.shear_flow import random_start
 
@@ -355,3 +356,12 @@ def test_the_wells_own_reader_opens_it(mini, normalize):
         d_xx = dataset[len(dataset) - 1]['input_fields'][..., 3]
         assert np.allclose(np.corrcoef(d_xx.flatten(), last.ravel())[0, 1], 1, atol=1e-5)
         assert np.allclose(d_xx, last) != normalize
+
+
+@pytest.mark.parametrize('note', ['{"preset": ', '[1]', '{"preset": "nano"}', '"nano"'])
+def test_a_damaged_note_of_a_simulation_is_refused(tmp_path, note):
+    (tmp_path / 'simulated.json').write_text(note)
+    with pytest.raises(ValueError, match='simulated.json is damaged: delete'):
+        read_recipe(tmp_path)
+    (tmp_path / 'simulated.json').write_text('{}')
+    assert read_recipe(tmp_path) == read_recipe(tmp_path / 'nowhere') == {}
