@@ -81,7 +81,10 @@ def test_runs_and_data_must_fit(well, here, capsys):
     made(well, 'out/a')
     state = load_checkpoint(here / 'out/a/ckpt.pt')
     torch.save({**state, 'labels': ['beta', 'zeta']}, 'labels.pt')
-    for flags, word in (['labels.pt'], 'not those'), (['--all'], '--all is gone'), (
+    for name in 'alcohol', 'zinc':                                       # the first channel is `concentration`
+        channels = [name, *state['inputs']['channels'][1:]]
+        torch.save({**state, 'inputs': {**state['inputs'], 'channels': channels}}, f'{name}.pt')
+    for flags, word in (['labels.pt'], 'not those'), (['alcohol.pt'], 'not those'), (['zinc.pt'], 'not those'), (['--all'], '--all is gone'), (
             ['out/a', '--save-embeddings', 'out'], '--save-embeddings'), (
             ['out/a', 'labels.pt', '--save-embeddings', 'x.npz'], 'one run'):
         with pytest.raises(SystemExit):

@@ -29,6 +29,10 @@ def test_sigreg_is_the_statistic_of_epps_and_pulley(scale, shift):
     exact = np.mean([epps_pulley((z @ a[:, k]).numpy(), 3.0) for k in range(4)])
     assert sigreg(z, a).item() == pytest.approx(exact, rel=1e-2)
     assert sigreg(z, a, knots=2001).item() == pytest.approx(exact, rel=1e-5)
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    phi = torch.exp(1j * t[:, None, None] * (z @ a)).mean(1).T           # (4, 33)
+    rule = torch.trapezoid((phi - torch.exp(-t**2 / 2)).abs()**2 * torch.exp(-t**2 / 2), t).mean().item()
+    assert sigreg(z, a).item() == pytest.approx(50 * rule, rel=1e-9)     # 17 knots on each side of 0
     wide = np.mean([epps_pulley((z @ a[:, k]).numpy(), 12.0) for k in range(4)])
     assert exact == pytest.approx(wide, rel=0.02)                        # 3 is far enough
 

@@ -399,3 +399,11 @@ def test_what_the_results_were_made_with(name):
     assert found.keys() == there['frames'].keys()
     for k, values in found.items():
         assert np.allclose(values, there['frames'][k], atol=2e-3 * np.abs(values).max()), k
+
+
+def test_settings_of_which_nothing_else_depends():
+    """A dataset without a file in systems/; what knn chooses from; the run that only shows that all works."""
+    assert System().protocol() == dict(resolution=0, stride=4, noise=0.0, lr=1e-4, epochs=30.0)
+    assert System().part(False) == (((0, 1), (0, 1)), (False, False))
+    assert probe.KS == (1, 2, 5, 10, 20, 50, 100) and probe.METRICS == ('euclidean', 'cosine')
+    assert train.SMOKE == dict(steps=20, batch=16, micro_batch=16)
