@@ -457,6 +457,12 @@ def test_runs_that_begin_alike_share_their_floors(well, here, monkeypatch, capsy
     floors = [result['rows']['random init'] for result in results]
     assert floors[0] == floors[1] == floors[4] != floors[2] and floors[3] != floors[0]
 
+    # statistics belong to the data, and to what a seed draws: noise, or the labels that are known
+    assert [name for name, title in asked if title == 'field statistics'] == ['one']
+    asked.clear()
+    says(capsys, 'out/one', 'out/four', *QUICK, '--probes', 'linear', '--noise', 0.3)
+    assert [name for name, title in asked if title == 'field statistics'] == ['one', 'four']
+
     # what they depend on besides
     run = evaluation.Run('out/one', evaluation.Settings(stride=24))
     begun = {run.beginning()}

@@ -181,7 +181,7 @@ def test_settings_of_the_loss_and_the_encoder_reach_them():
 
 @pytest.mark.parametrize('options, words', [
     (dict(encoder='resnet'), "--encoder is convnext or statistics, not 'resnet'"), (dict(blocks=(1, 1, 1)), 'has 5 stages'),
-    (dict(encoder='statistics', widths=(8, 8)), 'takes 4 --widths'), (dict(widths=(2, 2, 4, 4, 12)), 'divisible by 8, not 12'),
+    (dict(encoder='statistics', widths=(8, 8)), 'takes 4 --widths'), (dict(widths=(2, 2, 4, 8, 12)), 'divisible by 8, not 12'),
     (dict(widths=(2, 2, 4, 0, 8)), 'at least 1'), (dict(blocks=(1, 1, 1, 1, -1)), 'at least 0'),
     (dict(blocks=(1, 1, 1, 1, 0.5)), 'whole numbers'), (dict(temperature=0.0), '--temperature must be more than 0'),
     (dict(sigreg_coeff=1.5), 'is a share'), (dict(momentum=(0.9,)), 'momentum'),
@@ -191,7 +191,7 @@ def test_options_that_do_not_fit_are_refused(options, words):
     fields = Inputs('x', ['a'], (True, True), (32, 32))
     with pytest.raises(ValueError, match=words):
         module.check(module.Options(**options), fields)
-    for sound in {}, dict(encoder='statistics', widths=(8, 8, 8, 8), blocks=(1,)), dict(temperature=1e-3):
+    for sound in {}, dict(widths=(2, 2, 4, 4, 8)), dict(encoder='statistics', widths=(8, 8, 8, 8), blocks=(1,)), dict(temperature=1e-3):
         module.check(module.Options(**sound), fields)
     with pytest.raises(ValueError, match='sides divisible by 16, not 32 x 40'):
         module.check(module.Options(), Inputs('x', ['a'], (True, True), (32, 40)))

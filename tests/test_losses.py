@@ -81,6 +81,7 @@ def test_infonce_is_the_cross_entropy_of_similarities():
     assert out['loss'].item() == pytest.approx(np.mean(both)) and out['found'] == np.mean(s.argmax(1) == np.arange(7))
     maps = infonce_loss_maps(x.view(7, 5, 1, 1).expand(7, 5, 2, 3), y.view(7, 5, 1, 1), 0.2)
     assert torch.allclose(maps['loss'], out['loss'])                     # positions are averaged
+    assert infonce(x, y)['loss'] == out['loss']                          # the default
     assert infonce(x, x, 0.05)['loss'] < 0.1 and infonce(x, x)['found'] == 1
     with pytest.raises(ValueError, match='at least 2'):
         infonce(x[:1], y[:1])

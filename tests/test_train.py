@@ -230,3 +230,11 @@ def test_labels_leave_a_network_what_it_is(tmp_path):
 def test_a_run_of_another_loss_has_a_folder_of_its_own(here, flags, name):
     """Else the second of two would be refused, as the first one's settings differ."""
     assert train.parse(flags, '')[0].out == f'out/{name}'
+
+
+def test_tokens_are_checked_after_the_first_step(well, here, monkeypatch):
+    """That they can be probed: before hours are spent, and once."""
+    checked = []
+    monkeypatch.setattr(train.models, 'check_tokens', lambda model, x: checked.append(len(Path('out/log.jsonl').read_text())))
+    train.main([str(v) for v in (*MODELS['jepa'], '--data-dir', well, '--steps', 3, '--out', 'out')])
+    assert checked == [0]                                                # the log had no line yet
