@@ -494,3 +494,14 @@ def test_kept_embeddings_have_the_labels_of_their_runs(well, here, capsys):
         assert kept['labels'][i].tolist() == [mine['scalars'][name] for name in run.labels] and kept['filename'][i] == mine['file']
         tokens = embed(split.load([(kept['run'][i], kept['frame'][i])], frames=16))
         assert np.allclose(kept['embedding'][i], tokens.mean(1)[0], atol=1e-5)
+
+
+def test_the_part_of_the_domain_is_said(trained, well, monkeypatch):
+    """All of it, if the run or the system says so; a table of both says that they are unlike."""
+    run = evaluation.Run(trained, evaluation.Settings(data_dir=str(well)))
+    monkeypatch.setattr(run, 'system', find_system('active_matter'))
+    for whole, crop, words in ((True, ((0, 0.5), (0, 1)), 'whole domain'), (False, ((0, 1), (0, 1)), 'whole domain'),
+                               (False, ((0, 0.5), (0, 1)), "paper's part of the domain")):
+        run.c.whole = whole
+        monkeypatch.setattr(run.system, 'crop', crop)
+        assert run.field().startswith(f'{words} at 32 x 32')
