@@ -504,4 +504,6 @@ def test_the_part_of_the_domain_is_said(trained, well, monkeypatch):
                                (False, ((0, 0.5), (0, 1)), "paper's part of the domain")):
         run.c.whole = whole
         monkeypatch.setattr(run.system, 'crop', crop)
-        assert run.field().startswith(f'{words} at 32 x 32')
+        assert run.field() == f'{words} at 32 x 32'
+    monkeypatch.setattr(models.find_model('jepa'), 'ANY_SIZE', False, raising=False)
+    assert run.field() == f'{words} at 32 x 32, in 4 tiles of 16 x 16'

@@ -233,3 +233,13 @@ def test_the_wells_starts_of_shear_flow_are_in_one_split_each(monkeypatch):
         starts.append({u.numpy().tobytes() for u in system.solver([p.pairs[key[2]] for key in keys], keys, p, 'cpu')})
     train, valid, test = starts
     assert not train & valid and not train & test and not valid & test and min(map(len, starts)) > 1
+
+
+@pytest.mark.parametrize('rate, duration, steps', [(1.0, 0.4, 4), (30.0, 0.4, 6), (1.0, 1.0, 12), (25.0, 1.0, 16), (33.0, 1.0, 20)])
+def test_steps_are_as_few_as_are_stable(monkeypatch, rate, duration, steps):
+    """Of a tenth of a time unit at most, and of 2 / rate; more than eight are a multiple of four."""
+    solver, taken = shear_flow(), []
+    monkeypatch.setattr(solver, 'rate', lambda: rate)
+    monkeypatch.setattr(solver, 'step', lambda: taken.append(solver.schedule))
+    solver.advance(duration)
+    assert taken == [(duration, steps)] * steps
