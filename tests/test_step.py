@@ -173,3 +173,12 @@ def test_the_optimizer_has_the_rate_of_the_schedule(well, tmp_path, monkeypatch)
     # 6 training runs with 17 windows each are 102: a quarter of an epoch is 3 steps of 8
     assert rates[:3] == pytest.approx([0.001 + 0.019 / 3, 0.001 + 0.019 * 2 / 3, 0.02])
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[3] == pytest.approx(0.02) and rates[-1] == 0.001
+
+
+@pytest.mark.parametrize('losses', [{'error': torch.zeros(())}, torch.zeros(()), [('loss', 0.0)], {}])
+def test_what_a_network_returns_is_a_dict_with_a_loss(tmp_path, monkeypatch, losses):
+    c, model, x, labels = miniature(MODELS['jepa'], monkeypatch, tmp_path)
+    model.network.forward = lambda context, target, generator: losses
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with pytest.raises(ValueError, match="returns a dict with 'loss' in it"):
+        train.train_step(model, model.network, optimizer, batches(c, x, labels), c, 0)
