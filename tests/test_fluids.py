@@ -243,3 +243,11 @@ def test_steps_are_as_few_as_are_stable(monkeypatch, rate, duration, steps):
     monkeypatch.setattr(solver, 'step', lambda: taken.append(solver.schedule))
     solver.advance(duration)
     assert taken == [(duration, steps)] * steps
+
+
+@pytest.mark.parametrize('Nx, Ny', [(32, 16), (48, 12)])
+def test_products_of_convection_have_points_enough(Nx, Ny):
+    """Half more than modes: Gauss's rule of Q points is exact to degree 2Q - 1, and a product times a mode has 3 Ny."""
+    solver = convection(Nx, Ny)
+    assert len(solver.y) >= 1.5 * Ny and solver.products_x >= 1.5 * Nx
+    assert solver.product_grid(solver.evaluate(solver.state, 'products'))[0].shape == (1, solver.products_x, len(solver.y))
