@@ -163,7 +163,7 @@ def test_a_killed_process_is_told_in_one_line(published, monkeypatch):
 
 def test_what_the_disk_cannot_hold_is_not_begun(published, monkeypatch):
     monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
-    with pytest.raises(ValueError, match=r'needs 0.0 GB and .*cache/train-full has 0.0 GB free: --cache-dir'):
+    with pytest.raises(ValueError, match=r'the cache of .*data/train needs 0.0 GB and .*cache/train-full has 0.0 GB free: --cache-dir'):
         open_split(published)
     assert not stamps(published / 'cache')
 

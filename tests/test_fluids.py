@@ -12,6 +12,7 @@ import torch
 
 from helpers import HERE, both_dtypes
 from systems import find_system, shear_flow as shear_flow_file
+from systems.numerics import share_of_tail
 from systems.rayleigh_benard import RayleighBenard, chebyshev_nodes, rayleigh_benard_start
 from systems.shear_flow import ShearFlow, shear_flow_start
 
@@ -251,3 +252,16 @@ def test_products_of_convection_have_points_enough(Nx, Ny):
     solver = convection(Nx, Ny)
     assert len(solver.y) >= 1.5 * Ny and solver.products_x >= 1.5 * Nx
     assert solver.product_grid(solver.evaluate(solver.state, 'products'))[0].shape == (1, solver.products_x, len(solver.y))
+
+
+def test_the_tail_of_a_spectrum_is_along_either_axis():
+    """Beyond two thirds of the largest wavenumber of x or of y; the mean has no scale, and both halves count."""
+    kx, ky = torch.fft.fftfreq(24, 1 / 24).abs().view(-1, 1), torch.arange(13.0).view(1, -1)         # to 12
+    def share(*modes):
+        f = torch.zeros(1, 1, 24, 13, dtype=torch.complex128)
+        for (i, j), size in modes:
+            f[0, 0, i, j] = size
+        return share_of_tail(f, kx, ky).item()
+    assert share(((9, 1), 1)) == share(((-9, 1), 1)) == share(((1, 9), 1)) == 1 and share(((8, 8), 1)) == 0
+    assert share(((9, 0), 1), ((0, 0), 100), ((1, 0), 3)) == pytest.approx(0.1)
+    assert share(((9, 0), 1), ((1, 1), 1)) == pytest.approx(1 / 3)       # a mode of ky > 0 stands for two

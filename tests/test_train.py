@@ -232,9 +232,20 @@ def test_a_run_of_another_loss_has_a_folder_of_its_own(here, flags, name):
     assert train.parse(flags, '')[0].out == f'out/{name}'
 
 
-def test_tokens_are_checked_after_the_first_step(well, here, monkeypatch):
+def test_tokens_are_checked_after_the_first_step(well, here, monkeypatch, capsys):
     """That they can be probed: before hours are spent, and once."""
     checked = []
     monkeypatch.setattr(train.models, 'check_tokens', lambda model, x: checked.append(len(Path('out/log.jsonl').read_text())))
     train.main([str(v) for v in (*MODELS['jepa'], '--data-dir', well, '--steps', 3, '--out', 'out')])
     assert checked == [0]                                                # the log had no line yet
+    assert '3 steps = 0.08 epochs' in capsys.readouterr().out            # 3 x 8 of 300 windows
+
+
+def test_a_curve_of_errors_is_of_every_so_manieth_step_and_the_last():
+    c, due = train.Config(probe_every=3), []
+    for step in range(8):
+        try:
+            assert train.probe_on_valid(None, {'train': None}, c, step, 8) == {}
+        except AttributeError:                                           # it would begin, had it a model
+            due.append(step + 1)
+    assert due == [3, 6, 8] and train.probe_on_valid(None, {}, c, 2, 8) == {}
