@@ -265,15 +265,12 @@ def read_run(path, channels, run, about):
 
 def read_about(target):
     """What the .json of a cache file says, once both are there. ValueError if they do not agree."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, OSError, EOFError):
         about = json.loads(Path(f'{target}.json').read_text())
         fields = np.load(f'{target}.npy', mmap_mode='r')       # of its full length, or ValueError
-        sound = fields.dtype == np.float32 and list(fields.shape) == about['shape']
-    except (ValueError, TypeError, KeyError, OSError, EOFError):
-        sound = False
-    if not sound:
-        raise ValueError(f'{target}.npy or .json is damaged: delete {target.parent}')
-    return about
+        if fields.dtype == np.float32 and list(fields.shape) == about['shape']:
+            return about
+    raise ValueError(f'{target}.npy or .json is damaged: delete {target.parent}')
 
 def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, progress=True):
     """[(file, what the .json of its cache says, its path without suffix)]; what is missing is made.
@@ -309,7 +306,9 @@ def find_cache(files, crop, resolution, folder, log_labels=(), processes=1, prog
     except OSError as e:
         raise OSError(f'{folder} cannot be written ({e.strerror or e}): --cache-dir puts the '
                       f'cache elsewhere') from None
-    return [(file, read_about(target), target) for file, _, target in usable]
+    # what was there has been read; what was made now has its sums, too
+    return [(file, about if 'sums' in about else read_about(target), target)
+            for file, about, target in usable]
 
 def check_alike(found, log_labels):
     """Raise ValueError if the files of a split, as in find_cache, do not go together."""

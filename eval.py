@@ -46,6 +46,7 @@ from systems.numerics import Grid
 from train import MAY_CHANGE, config_of
 
 LOADED = 2**26                                                 # bytes of windows embedded at once
+EMBEDDED = *SPLITS, 'unlabelled'            # windows: the last of all runs, where few are labelled
 PROBES = 'attentive', 'linear', 'knn'
 PUBLISHED_ROW = ', the paper (valid)'                          # ends the name of a published row
 PRODUCTS, OF_CLEAN = ', with products', ', probe of clean fields'        # end rows' names
@@ -190,7 +191,7 @@ class Run:
         found = self.system.statistics(fields, Grid(*self.splits['train'].grid))
         return torch.stack(list(found.values()), 1)[:, None]
 
-    def embed(self, to_tokens, title, spoilt='', only=(*SPLITS, 'unlabelled')):
+    def embed(self, to_tokens, title, spoilt='', only=EMBEDDED):
         """{split: (tokens (n, N, D) of all its windows, on the CPU, targets (n, L))}, on rank 0.
 
         to_tokens: as from `encode`. spoilt: one of generalize.INPUTS. Raises ValueError.
@@ -223,7 +224,7 @@ class Run:
             return data.load(self.windows[name][first:first + size], frames=FRAMES)
         for (name, first), x in zip(jobs, prefetch(load, jobs, workers=1)):
             # what is drawn for a window depends on it alone
-            seeds = [(self.c.seed, 5, (*SPLITS, 'unlabelled').index(name), *window)
+            seeds = [(self.c.seed, 5, EMBEDDED.index(name), *window)
                      for window in self.windows[name][first:first + size]]
             if spoilt:
                 noise = [draw_seed((*seed[:3], 7, *seed[3:])) for seed in seeds]
@@ -323,7 +324,7 @@ def evaluate_row(run, args, title):
     # embed: all ranks; with --generalize also the scored split, spoilt in each way
     encode = run.measure if by_hand else run.encode(model, noise=noise)
     splits = run.embed(encode, title, noisy)
-    clean = run.embed(encode, title, '', (*SPLITS[:2], 'unlabelled')) if noisy else {}
+    clean = run.embed(encode, title, '', {*EMBEDDED} - {'test'}) if noisy else {}
     for how in generalize.INPUTS if 'inputs' in args.generalize else ():
         splits[how] = run.embed(encode, title, how, (args.split,)).get(args.split)
     if RANK > 0:

@@ -234,8 +234,8 @@ def complete(c, words=(), missing=False):
 
     # where it starts, and where it is written
     if not c.out:
-        words = [*words, *(['supervised'] if c.supervised else []),
-                 *([f'{c.label_fraction:g}'] if c.label_fraction < 1 else [])]
+        words = [*words, 'supervised'] if c.supervised else words
+        words = [*words, f'{c.label_fraction:g}'] if c.label_fraction < 1 else words
         c.out = 'out/' + '-'.join([c.data, c.model, c.preset, *words, f'seed{c.seed}'])
     c.init = c.init and str(Path(c.init))                      # without a slash at its end
     places = Path(c.init), Path(c.out) / 'ckpt.pt'
